@@ -1,0 +1,1 @@
+"""What does a system on celery-pg look like?"""

@@ -1,0 +1,1 @@
+"""How do integrations ship what they find, on a schedule and on demand?"""

@@ -1,0 +1,1 @@
+"""How does a worker that is no Celery worker pull its work?"""

@@ -1,0 +1,89 @@
+"""How is the next command pulled, and settled once?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import kombu
+
+from examples.command_source.commands import AlreadyClaimed, Claimed, Command, Failed, Outcome, RetryLater
+from kombu_pg.message import Message
+
+QUEUE = kombu.Queue("commands", durable=True)
+
+
+class Control(Protocol):
+    def claim(self, command: Command) -> Claimed | AlreadyClaimed | RetryLater: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Handle:
+    """A message that is not settled yet: as long as this object is alive, the message is this worker's."""
+
+    outcome: Outcome
+    message: Message
+
+
+@dataclass(frozen=True)
+class Pulled:
+    outcome: Outcome
+    handle: Handle
+
+
+class CommandSource:
+    """The queue of commands, as one worker sees it. Any number of handles may be outstanding."""
+
+    def __init__(
+        self,
+        connection: kombu.Connection,
+        control: Control,
+        emit: Callable[[str, str], None],
+        retry_delay: float = 5.0,
+    ) -> None:
+        """`emit(what, reason)` sends a diagnostic; `retry_delay` in seconds."""
+        self._queue = QUEUE(connection.channel())
+        self._queue.declare()
+        self._control = control
+        self._emit = emit
+        self._retry_delay = retry_delay
+
+    def next(self) -> Pulled | None:
+        """The next command and what became of the claim; None if there is none now. Blocks for the round trips."""
+        message = self._queue.get()
+        if message is None:
+            return None
+        outcome = self._claim(message)
+        return Pulled(outcome, Handle(outcome, message))
+
+    def ack(self, handle: Handle) -> None:
+        """The message is gone: before the command runs, or after it.
+
+        Raises:
+            kombu.exceptions.MessageStateError: the handle was settled before.
+        """
+        handle.message.ack()
+
+    def nack(self, handle: Handle) -> None:
+        """The message is a dead letter where its outcome was Failed; any other comes back later, with a higher attempt.
+
+        Raises:
+            kombu.exceptions.MessageStateError: the handle was settled before.
+        """
+        if isinstance(handle.outcome, Failed):
+            handle.message.dead_letter(handle.outcome.reason)
+            self._emit("command failed", handle.outcome.reason)
+        else:
+            handle.message.requeue(delay=self._retry_delay)
+
+    def _claim(self, message: Message) -> Outcome:
+        try:
+            command = Command.from_json(message.body)
+        except ValueError as exc:
+            return Failed(str(exc))
+        return self._control.claim(replace(command, attempts=message.returns))
+
+
+def publish(connection: kombu.Connection, command: Command) -> None:
+    """The command is in the queue, durably."""
+    producer = kombu.Producer(connection.channel())
+    producer.publish(command.to_json(), routing_key=QUEUE.name, declare=[QUEUE], content_type="application/json")

@@ -1,0 +1,1 @@
+"""A web backend, an executor, and callbacks."""

@@ -1,0 +1,24 @@
+"""How is an example run as its README says, on a database of the test's own?"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TOP = Path(__file__).parent.parent.parent
+#: Seconds; an example takes a few.
+DEADLINE = 100.0
+
+
+def run_example(name, store):
+    """`python -m examples.NAME` has ended, without an error."""
+    ran = subprocess.run(
+        [sys.executable, "-m", f"examples.{name}"],
+        cwd=TOP,
+        env={**os.environ, "EXAMPLE_STORE": store.broker(poll_interval=1)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran

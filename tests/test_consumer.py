@@ -1,0 +1,214 @@
+import gc
+import threading
+import time
+
+import kombu
+import pytest
+from watching import Consuming, eventually, publish
+
+from kombu_pg.consumer import SUSPECT_RETURNS
+
+pytestmark = pytest.mark.ownership
+
+
+@pytest.fixture
+def broker(store, monkeypatch):
+    """Afterwards this process is no consumer: the next test is to begin as a new one."""
+    monkeypatch.setattr("kombu_pg.consumer.LINGER", 0.2)
+    yield store.broker(reconnect_grace=1)
+    gc.collect()
+    eventually(lambda: "kombu_pg-liveness" not in [thread.name for thread in threading.enumerate()], 10)
+
+
+@pytest.fixture
+def watching(broker):
+    """A connection that keeps the process registered, whatever happens to others."""
+    with Consuming(broker, "elsewhere") as watching:
+        yield watching
+
+
+def transport_of(consuming):
+    return consuming.connection.connection
+
+
+def lose(consuming):
+    """What kombu does with a connection after an error."""
+    consuming.connection.collect()
+
+
+def claim(store, consumer_id, token):
+    """What a claim of this connection does that the server executes, and that nobody reads the answer of."""
+    store.execute(
+        "SELECT kombu_pg.claim(%s, %s, ARRAY[q.id], ARRAY[q.id], '{100}', 100, 1000000, 1, false, '{f}', '{0}', false)"
+        " FROM kombu_pg.queue q WHERE q.name = 'q'",
+        (consumer_id, token),
+    )
+
+
+def leased(store):
+    return store.value("SELECT coalesce(sum(cardinality(message_ids)), 0) FROM kombu_pg.lease")
+
+
+def ready(store):
+    return store.value("SELECT count(*) FROM kombu_pg.ready")
+
+
+def returns(store):
+    return [row[0] for row in store.execute("SELECT DISTINCT returns FROM kombu_pg.message")]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_lost_connection_had_claimed_unheard_is_given_back(store, broker, watching, when):
+    lost = Consuming(broker)
+    consumer, token = transport_of(lost).consumer, transport_of(lost).token
+    lost.channel.basic_cancel(next(iter(lost.channel.feed.subscriptions)))
+    publish(broker, *range(14))
+
+    if when == "before":
+        claim(store, consumer.id, token)
+    lose(lost)
+    if when == "after":
+        claim(store, consumer.id, token)
+
+    eventually(lambda: ready(store) == 14, 5, "all are ready again")
+    assert leased(store) == 0
+    assert returns(store) == [0]
+
+
+def test_what_still_runs_when_its_connection_is_lost_stays_leased_and_its_late_ack_counts(store, broker, watching):
+    lost = Consuming(broker)
+    publish(broker, "runs", "waits")
+    lost.until(2)
+    runs = lost.received[0]
+    lost.received.clear()
+
+    lose(lost)
+    eventually(lambda: ready(store) == 1, 5, "what nobody works on is given back")
+    assert leased(store) == 1
+    runs.ack()
+
+    eventually(lambda: store.value("SELECT count(*) FROM kombu_pg.message") == 1, 5, "the ack has counted")
+    eventually(lambda: leased(store) == 0, 5)
+
+
+def test_what_is_let_go_of_only_later_is_given_back_then(store, broker, watching):
+    lost = Consuming(broker)
+    publish(broker, "reserved")
+    lost.until(1)
+
+    lose(lost)
+    time.sleep(1)  # longer than the first look takes
+    assert leased(store) == 1
+    lost.received.clear()
+
+    eventually(lambda: ready(store) == 1, 5, "it is given back")
+
+
+def test_closing_another_connection_does_not_give_back_what_runs_over_a_lost_one(store, broker):
+    lost = Consuming(broker)
+    publish(broker, "runs")
+    lost.until(1)
+
+    lose(lost)
+    with kombu.Connection(broker) as other:
+        other.connect()
+        other.default_channel.queue_declare("another", exclusive=True)
+
+    assert leased(store) == 1
+    assert ready(store) == 0
+    lost.ack()
+    eventually(lambda: store.value("SELECT count(*) FROM kombu_pg.message") == 0, 5, "the ack has counted")
+
+
+def test_a_process_whose_connections_were_all_lost_leaves_once_nothing_runs(store, broker):
+    lost = Consuming(broker)
+    publish(broker, "runs")
+    lost.until(1)
+
+    lose(lost)
+    time.sleep(1)  # longer than it would linger
+    assert store.value("SELECT count(*) FROM kombu_pg.consumer") == 1
+    lost.ack()
+    lost.received.clear()
+
+    eventually(lambda: store.value("SELECT count(*) FROM kombu_pg.consumer") == 0, 5, "it has left")
+    with Consuming(broker) as again:
+        publish(broker, "more")
+        assert again.until(1) == ["more"]
+
+
+def test_a_suspect_that_was_lost_with_its_connection_does_not_keep_out_the_next_one(store, broker, watching):
+    lost = Consuming(broker)
+    publish(broker, "suspect")
+    store.execute("UPDATE kombu_pg.message SET returns = %s", (SUSPECT_RETURNS,))
+    lost.until(1)
+    assert transport_of(lost).consumer.suspects_allowed == 0
+
+    lose(lost)
+    lost.received.clear()
+    gc.collect()
+
+    eventually(lambda: ready(store) == 1, 5)
+    assert transport_of(watching).consumer.suspects_allowed == 1
+
+
+def test_of_several_suspects_the_next_comes_when_the_one_before_is_settled(store, broker):
+    with Consuming(broker, prefetch=10) as consuming:
+        consuming.rest()
+        publish(broker, *range(3))
+        consuming.until(3)
+        for _ in range(SUSPECT_RETURNS):
+            for message in consuming.received:
+                message.requeue()
+            consuming.received.clear()
+            consuming.rest()
+
+        assert len(consuming.received) == 1
+        for expected in (2, 3):
+            consuming.received[-1].ack()
+            consuming.until(expected, within=2)
+
+
+def test_a_window_more_than_half_full_is_filled_without_waiting_for_an_ack(store, broker):
+    with Consuming(broker, prefetch=10) as consuming:
+        for count in range(1, 11):
+            publish(broker, count)
+            consuming.until(count, within=2)
+
+
+def test_a_queue_whose_consumer_is_full_does_not_make_its_channel_ask_for_ever(store, broker):
+    with kombu.Connection(broker) as connection:
+        channel = connection.channel()
+        received = []
+        for name in ("full", "empty"):
+            kombu.Queue(name, channel=channel).declare()
+            kombu.Consumer(channel, [kombu.Queue(name)], on_message=received.append, prefetch_count=1).consume()
+        publish(broker, 1, 2, queue="full")
+        eventually(lambda: not drain(connection), 5)
+        assert len(received) == 1
+
+        used = time.process_time()
+        for _ in range(5):
+            drain(connection)
+
+        assert time.process_time() - used < 0.1
+        received[0].ack()
+        eventually(lambda: drain(connection) and len(received) == 2, 5)
+
+
+def drain(connection):
+    try:
+        connection.drain_events(timeout=0.2)
+    except TimeoutError:
+        return False
+    return True
+
+
+def test_no_function_that_pins_its_plans_is_compiled_for_it(store):
+    functions = "SELECT proname FROM pg_proc WHERE pronamespace = 'kombu_pg'::regnamespace"
+
+    compiled = store.execute(
+        f"{functions} AND 'enable_seqscan=off' = ANY (proconfig) AND NOT 'jit=off' = ANY (proconfig)"
+    )
+
+    assert compiled == []
