@@ -166,6 +166,10 @@ END $$;
 -- Take the locks, then read. While a transaction runs that may have stored one of these without telling, a last row with
 -- nothing but the horizon says so: every such transaction has an id below it. (At read committed: each statement here
 -- has a snapshot of its own.)
+-- The horizon is the next transaction id that the server will give out, not the snapshot's xmax: that one is the newest
+-- *ended* transaction's plus 1, and what runs on a quiet server is at or above it. age() is what tells the next id without
+-- taking one (xid_age(): ReadNextTransactionId); it must not be asked before the locks are held, for it answers once per
+-- transaction.
 CREATE FUNCTION kombu_pg.look_for_results(p_task_ids text[], p_horizon text, p_keys bigint[]) RETURNS TABLE (
     task_id text, state text, date_done timestamptz, content_type text, result bytea, meta bytea, traceback text,
     group_id text, parent_id text, horizon text
@@ -173,6 +177,7 @@ CREATE FUNCTION kombu_pg.look_for_results(p_task_ids text[], p_horizon text, p_k
 DECLARE
     v_key bigint;
     v_done boolean;
+    v_ended xid8;
     v_horizon xid8 := p_horizon::xid8;
     v_unsettled boolean;
 BEGIN
@@ -180,7 +185,8 @@ BEGIN
         v_done := pg_advisory_lock_shared(v_key) IS NULL;
     END LOOP;
     IF p_keys <> '{}' THEN
-        v_horizon := pg_snapshot_xmax(pg_current_snapshot());
+        v_ended := pg_snapshot_xmax(pg_current_snapshot());
+        v_horizon := (v_ended::text::bigint + age(v_ended::xid))::text::xid8;
     END IF;
     -- Before the rows are read: what is over now is seen below.
     v_unsettled := pg_snapshot_xmin(pg_current_snapshot()) < v_horizon;
