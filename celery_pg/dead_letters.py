@@ -21,6 +21,7 @@ from kombu.exceptions import ContentDisallowed, DecodeError
 from kombu.message import Message
 from kombu.serialization import prepare_accept_content
 
+from celery_pg.runnable import malformed
 from celery_pg.store.dead_letters import DeadLetter, DeadLetterStore
 from kombu_pg import errors
 from kombu_pg.database import Database
@@ -28,7 +29,7 @@ from kombu_pg.message import MESSAGE_ID, decode
 from kombu_pg.store import Row
 from kombu_pg.transaction import transaction
 
-__all__ = ["DeadLettered", "Heard", "Listener", "hear", "malformed"]
+__all__ = ["DeadLettered", "Heard", "Listener", "hear"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ LONGEST_LOOK = 0.25
 
 _EXPIRED = "expired"
 _JSON = "application/json"
-_CALLED = ("callbacks", "errbacks", "chain")
 
 
 class DeadLettered(CeleryError):
@@ -55,31 +55,6 @@ class Heard:
     exception: Exception
     state: str
     problem: str | None
-
-
-def malformed(payload: Any) -> str | None:
-    """What is wrong with a decoded body of Celery's second protocol, None if nothing is."""
-    if not isinstance(payload, list | tuple) or len(payload) != 3:
-        return f"the body is {_shown(payload)}, not [args, kwargs, embed]"
-    args, kwargs, embed = payload
-    if not isinstance(args, list | tuple | None):
-        return f"args are {_shown(args)}, not a list"
-    if not isinstance(kwargs, dict | None):
-        return f"kwargs are {_shown(kwargs)}, not a dict"
-    if embed is None:
-        return None
-    if not isinstance(embed, dict):
-        return f"what is embedded is {_shown(embed)}, not a dict"
-    for name in _CALLED:
-        if not isinstance(embed.get(name), list | tuple | None):
-            return f"{name} are {_shown(embed[name])}, not a list"
-    if not isinstance(embed.get("chord"), dict | None):
-        return f"chord is {_shown(embed['chord'])}, not a dict"
-    return None
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.60}"
 
 
 def hear(app: Any, letter: DeadLetter, *, call_errbacks: bool = True) -> Heard:

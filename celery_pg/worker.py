@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,27 +23,24 @@ import celery
 from celery import signals, states
 from celery.exceptions import InvalidTaskError, Reject, TaskPredicate, TimeLimitExceeded
 from celery.utils.nodenames import gethostname
-from celery.utils.time import maybe_iso8601, maybe_make_aware, timezone
 from celery.worker import control
 from celery.worker import state as worker_state
 from celery.worker.consumer.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.request import Request
 from celery.worker.worker import WorkController
-from kombu import message as kombu_message
 from kombu.exceptions import ContentDisallowed
-from kombu.serialization import prepare_accept_content
 from kombu.utils.functional import maybe_list
 
 from celery_pg.backend import PGBackend
 from celery_pg.completion import complete_atomically, require_one_store
-from celery_pg.dead_letters import Heard, Listener, malformed
+from celery_pg.dead_letters import Heard, Listener
+from celery_pg.inspection import info, waiting
 from celery_pg.revoke import Stamps
-from celery_pg.store.revoke import RevokeStore, WaitingTask
+from celery_pg.runnable import BEFORE_5_7, problem_of, require_runnable
 from kombu_pg import errors
 from kombu_pg.database import Database
-from kombu_pg.message import MESSAGE_ID, REVOKED, Message, decode
-from kombu_pg.store import Row
+from kombu_pg.message import MESSAGE_ID, REVOKED, Message
 from kombu_pg.transaction import same_store
 from kombu_pg.transport import Transport
 
@@ -57,12 +53,9 @@ LOOK_PERIOD = 2.0
 LOOK_AGAIN = 0.05
 #: Seconds between two sweeps of what is past its retention.
 SWEEP_PERIOD = 60.0
-#: The most tasks that inspect lists of what waits.
-LISTED = 1_000
 
 #: What Celery's code raises when it works with a message that is not what it should be.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-_BEFORE_5_7 = celery.VERSION < (5, 7)
 _WRAPPED = "__wrapped_by_celery_pg__"
 _SEAM = "celery_pg_seam"
 _ENDS_ELSEWHERE = "celery_pg_ends_elsewhere"
@@ -78,7 +71,7 @@ def install() -> None:
     _wrap(WorkController, "_process_task", _process_task)
     _wrap(Request, "on_failure", _on_failure)
     _wrap(Request, "acknowledge", _acknowledge)
-    if _BEFORE_5_7:
+    if BEFORE_5_7:
         _wrap(Request, "on_timeout", _on_timeout)
     _wrap(Consumer, "update_strategies", _update_strategies)
     signals.worker_process_init.connect(_begin_pool_process, dispatch_uid=__name__)
@@ -126,7 +119,7 @@ def _create_task_handler(original: Any, consumer: Any, *args: Any, **kwargs: Any
         seam = _seam(consumer)
         if seam is None or not isinstance(message, Message):
             return handle(message)
-        problem = _malformed(message)
+        problem = problem_of(message)
         if problem is not None:
             return seam.bury(message, "malformed", problem)
         revoked = seam.mark_revoked(message)
@@ -151,7 +144,7 @@ def _process_task(original: Any, controller: Any, request: Any) -> Any:
     if seam is None or not isinstance(message, Message):
         return original(controller, request)
     try:
-        _require_runnable(request)
+        require_runnable(request)
         original(controller, request)
     except (InvalidTaskError, *_MALFORMED) as exc:
         if message.acknowledged or seam.is_lost(exc):
@@ -159,73 +152,6 @@ def _process_task(original: Any, controller: Any, request: Any) -> Any:
         # Not at once: the place goes to the next one that waits, which may be as bad, and so on.
         seam.consumer.call_soon(seam.give_up, request, exc)
     return None
-
-
-def _malformed(message: Message) -> str | None:
-    headers = message.headers
-    first = not isinstance(headers, dict) or "task" not in headers
-    if not first and not _names(headers):
-        return "the headers name no task, or no id"
-    if _BEFORE_5_7 and not first and _is_out_of_range(headers.get("eta")):
-        return f"eta {headers['eta']} is out of range"
-    try:
-        payload = message.payload
-    except Exception:  # noqa: BLE001 - any decoder's
-        return None  # what cannot be decoded has callbacks of its own
-    if first:
-        return _malformed_first(headers or {}, payload)
-    return None if isinstance(payload, dict) and "args" in payload else malformed(payload)
-
-
-def _malformed_first(headers: Any, payload: Any) -> str | None:
-    """Of Celery's first protocol, where all is in the body. None, too, for what is nothing of Celery's."""
-    if not isinstance(payload, dict) or "task" not in payload:
-        return None
-    if not _names(payload):
-        return "the body names no task, or no id"
-    eta = headers.get("eta", payload.get("eta"))
-    # Celery would reject it, which is the end of a message whose headers name no task.
-    return f"eta {eta} is out of range" if _is_out_of_range(eta) else None
-
-
-def _names(fields: dict[str, Any]) -> bool:
-    return isinstance(fields["task"], str) and isinstance(fields.get("id"), str)
-
-
-def _is_out_of_range(eta: Any) -> bool:
-    """A time that Celery can read, and then rejects the message; Celery 5.6 runs it all the same."""
-    try:
-        moment = maybe_iso8601(eta) if eta else None
-    except (AttributeError, TypeError, ValueError):
-        return False  # no time at all: that is told by the request
-    try:
-        if moment is not None:
-            timezone.to_system(maybe_make_aware(moment)).timestamp()
-    except (OverflowError, ValueError):
-        return True
-    return False
-
-
-def _require_runnable(request: Any) -> None:
-    """The pool can keep to the limits, and the worker can count the task under its name.
-
-    Raises:
-        InvalidTaskError: Celery would die of it, or never acknowledge the message.
-    """
-    name, limits = request.name, request.time_limits
-    if not isinstance(name, str):
-        raise InvalidTaskError(f"shadow is {name!r:.60}, not a name")
-    if not (isinstance(limits, list | tuple) and len(limits) == 2 and all(map(_is_limit, limits))):
-        raise InvalidTaskError(f"timelimit is {limits!r:.60}, not [hard, soft]")
-
-
-def _is_limit(value: Any) -> bool:
-    if not isinstance(value, int | float):
-        return value is None
-    try:
-        return not math.isnan(value)
-    except OverflowError:  # no float is as great
-        return False
 
 
 def _on_unknown_message(original: Any, consumer: Any, body: Any, message: Any) -> None:
@@ -271,9 +197,9 @@ def _on_failure(
         if isinstance(given, TaskPredicate) or isinstance(exc, TaskPredicate):
             # Retried, replaced, ignored: what comes of it is another message, flushed, and no final result.
             setattr(request, _ENDS_ELSEWHERE, True)
-        if isinstance(exc, TimeLimitExceeded) and not return_ok and not _BEFORE_5_7:
+        if isinstance(exc, TimeLimitExceeded) and not return_ok and not BEFORE_5_7:
             return None
-        if isinstance(exc, Reject) and not exc.requeue and _BEFORE_5_7:
+        if isinstance(exc, Reject) and not exc.requeue and BEFORE_5_7:
             # As Celery 5.7: a task that rejects its message for good has failed.
             stored = request.store_errors
             request.task.backend.mark_as_failure(request.id, exc, request=request._context, store_result=stored)
@@ -492,53 +418,15 @@ class _Seam:
                 traceback=None, einfo=None,
             )  # fmt: skip
 
-    # What waits in the database
 
-    def waiting(self, *, ready: bool) -> list[WaitingTask]:
-        return self.database.run(RevokeStore(self.database.options).waiting(self.queues, LISTED, ready=ready))
-
-    def info(self, task: WaitingTask) -> dict[str, Any]:
-        """As `Request.info` of a task that is not begun."""
-        row = Row(task.id, 0, task.returns > 0, task.returns, task.priority, False, task.exchange, task.routing_key,
-                  task.properties, task.body, 0, None)  # fmt: skip
-        raw = decode(row, "", 0)
-        args, kwargs = _arguments(self.consumer.app, raw)
-        return {
-            "id": task.task_id,
-            "name": raw.headers.get("shadow") or task.task,
-            "args": args,
-            "kwargs": kwargs,
-            "type": task.task,
-            "hostname": self.consumer.hostname or gethostname(),
-            "time_start": None,
-            "acknowledged": False,
-            "delivery_info": {
-                "exchange": task.exchange,
-                "routing_key": task.routing_key,
-                "priority": raw.properties.get("priority"),
-                "redelivered": task.returns > 0,
-            },
-            "worker_pid": None,
-        }
-
-
-def _arguments(app: Any, raw: Any) -> tuple[Any, Any]:
-    message = kombu_message.Message(
-        body=raw.body, content_type=raw.content_type, content_encoding=raw.content_encoding, headers=raw.headers,
-        accept=prepare_accept_content(app.conf.accept_content),
-    )  # fmt: skip
-    try:
-        args, kwargs, _ = message.decode()
-    except Exception:  # noqa: BLE001 - any decoder's; this is what the sender has written down for people to read
-        return raw.headers.get("argsrepr"), raw.headers.get("kwargsrepr")
-    return args, kwargs
+# What waits in the database ----------------------------------------------------------------------------------------
 
 
 def _scheduled(seam: _Seam, answer: Any, *_: Any, **__: Any) -> Any:
     listed = list(answer)
-    for task in seam.waiting(ready=False):
+    for task in waiting(seam.database, seam.queues, ready=False):
         if task.due_at is not None:
-            listed.append({"eta": task.due_at.isoformat(), "priority": 6, "request": seam.info(task)})
+            listed.append({"eta": task.due_at.isoformat(), "priority": 6, "request": info(seam.consumer, task)})
     return listed
 
 
@@ -547,8 +435,8 @@ def _query_task(seam: _Seam, answer: Any, ids: Any, **_: Any) -> Any:
     if not wanted:
         return answer
     found = {
-        task.task_id: ("scheduled" if task.due_at is not None else "ready", seam.info(task))
-        for task in seam.waiting(ready=True)
+        task.task_id: ("scheduled" if task.due_at is not None else "ready", info(seam.consumer, task))
+        for task in waiting(seam.database, seam.queues, ready=True)
         if task.task_id in wanted
     }
     return {**answer, **found}
