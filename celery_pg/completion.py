@@ -7,7 +7,8 @@ transaction, which deletes the message as its last act: where the message is gon
 everything is rolled back. The acknowledgement that the worker sends later finds nothing to do.
 
 A failure begins a transaction anew, for its result and its errbacks: what the function and its continuations have
-stored until then is rolled back. `retry` and `replace` begin one, too, and publish in it.
+stored until then is rolled back. `retry` and `replace` begin one, too, and publish in it. A task whose transaction was
+lost with its connection has not failed: it runs again, and that is counted.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery import states
-from celery.app.trace import build_tracer
-from celery.exceptions import ImproperlyConfigured, Reject, TimeLimitExceeded
+from celery.app.trace import TraceInfo, build_tracer, trace_ok_t
+from celery.exceptions import ImproperlyConfigured, Reject, TaskPredicate, TimeLimitExceeded
 
 from celery_pg.task_connection import TaskTransaction
 from kombu_pg import errors
@@ -318,6 +320,9 @@ def _traced(task: Any, tracer: Callable[..., Any]) -> Callable[..., Any]:
             traced = tracer(uuid, args, kwargs, request)
             _complete_what_stores_nothing(completion, traced[1])
             return traced
+        except Reject as exc:
+            # As the tracer itself answers one that the function has raised: only the prefork pool would catch this one.
+            return trace_ok_t(ExceptionInfo(internal=True), TraceInfo(states.REJECTED, exc), 0.0, None)
         finally:
             _running.reset(token)
             completion.roll_back()
@@ -338,9 +343,12 @@ def _completing(task: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         completion = _own(task)
         try:
             returned = function(*args, **kwargs)
-        except BaseException:
+        except BaseException as exc:
             if completion is not None:
                 completion.user.close()
+                if completion.user.lost and isinstance(exc, Exception) and not isinstance(exc, TaskPredicate):
+                    logger.warning("task %s: its transaction was lost, it runs again: %s", completion.task_id, exc)
+                    raise Reject(exc, requeue=True) from exc
             raise
         if completion is not None:
             completion.returned = True

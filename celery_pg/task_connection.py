@@ -32,6 +32,9 @@ class TaskTransaction:
     """The transaction of one run of a task. It begins with the first statement, and the task's completion ends it.
 
     As a context manager it gives the SQLAlchemy connection; an exception out of the block takes back what it wrote.
+
+    Attributes:
+        lost: it was rolled back because its connection was lost. Known from `close` on.
     """
 
     def __init__(self, database: Database, task: str) -> None:
@@ -41,6 +44,7 @@ class TaskTransaction:
         self._savepoints: list[Any] = []
         self._ending = False
         self._timer: threading.Timer | None = None
+        self.lost = False
 
     @property
     def begun(self) -> bool:
@@ -85,6 +89,7 @@ class TaskTransaction:
             raise errors.TransactionLost(f"nothing of the transaction is stored: {exc}") from exc
 
     def _run(self, statement: Statement[T]) -> T:
+        self._require_connection()
         assert self._connection is not None
         with mapped_errors(), contextlib.closing(self._connection.connection.cursor()) as cursor:
             cursor.execute(statement.sql, statement.parameters)
@@ -96,13 +101,18 @@ class TaskTransaction:
         Raises:
             Unavailable: the connection was lost; it is not known whether it is stored.
         """
-        assert self._connection is not None
         self._ending = True
         try:
+            self._require_connection()
+            assert self._connection is not None
             with _as_ours():
                 self._connection.commit()
         finally:
             self.close()
+
+    def _require_connection(self) -> None:
+        if self._connection is None or self._connection.invalidated:
+            raise errors.Unavailable("the connection of the task's transaction was lost")
 
     def close(self) -> None:
         """Whatever was not committed is rolled back, and the connection returned to its pool."""
@@ -111,14 +121,8 @@ class TaskTransaction:
             self._timer = None
         connection, self._connection = self._connection, None
         if connection is not None:
-            try:
-                with mapped_errors():
-                    # SQLAlchemy does it too, but not after an exception in a commit.
-                    connection.connection.rollback()
-                connection.close()
-            except (DBAPIError, errors.Unavailable) as exc:
-                connection.invalidate()
-                logger.debug("the server rolls back what it has lost: %s", exc)
+            self.lost = not _rolled_back(connection) or self.lost
+            connection.close()
         self._ending = False
         self._savepoints = [None] * len(self._savepoints)
 
@@ -145,6 +149,21 @@ class TaskTransaction:
             self._task,
             LONG,
         )
+
+
+def _rolled_back(connection: sqlalchemy.Connection) -> bool:
+    """Roll back. False: the connection was lost before, or now; the server has done it, and SQLAlchemy knows."""
+    if connection.invalidated:
+        return False
+    try:
+        # SQLAlchemy does it too, but not after an exception in a commit.
+        with mapped_errors():
+            connection.connection.rollback()
+    except errors.Unavailable as exc:
+        logger.debug("the server rolls back what it has lost: %s", exc)
+        connection.invalidate(exc)
+        return False
+    return True
 
 
 @contextlib.contextmanager

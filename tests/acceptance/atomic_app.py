@@ -170,6 +170,22 @@ def caught():
 
 
 @app.task
+def cut_off(how):
+    """Loses the connection of its transaction in its first run, in the middle of its function."""
+    write("rolled back" if not current_task.request.delivery_info.get("redelivered") else "written")
+    if not current_task.request.delivery_info.get("redelivered"):
+        kill_backend()
+        try:
+            write("nowhere")
+        except sqlalchemy.exc.DBAPIError as exc:
+            if how == "raised":
+                raise
+            if how == "translated":
+                raise ValueError("the database is gone") from exc
+    return how
+
+
+@app.task
 def committing():
     with task_transaction() as connection:
         connection.exec_driver_sql("INSERT INTO counter (task_id, task, note) VALUES ('x', 'x', 'committed')")

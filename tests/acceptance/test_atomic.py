@@ -211,6 +211,17 @@ def test_what_ran_out_of_time_or_lost_its_process_has_failed_and_written_nothing
     assert counters() == [f"errback {result.id} FAILURE"]
 
 
+@pytest.mark.parametrize("how", ["raised", "translated", "swallowed"])
+def test_a_task_that_loses_its_transaction_runs_again_whatever_its_function_makes_of_it(
+    how, app, workers, store, counters
+):
+    result = send(app, "cut_off", how, link=app.signature("atomic_app.callback", app=app))
+
+    settled(app, [result], workers, store)
+    assert result.get() == how
+    assert sorted(counters()) == [f"callback {how}", "written"]
+
+
 @in_prefork
 def test_an_exception_out_of_a_block_takes_back_what_the_block_wrote(app, workers, store, counters):
     result = send(app, "caught")
