@@ -21,6 +21,7 @@ import psycopg2
 from celery import Celery
 
 from benchmarks.children import alone
+from benchmarks.tasks import BUY
 from celery_pg import publish_in
 from kombu_pg.url import Url, quoted
 
@@ -30,7 +31,7 @@ for _transport in ("pyamqp", "redis", "sqlalchemy"):
         importlib.import_module(f"kombu.transport.{_transport}")
 importlib.import_module("kombu_pg.transport")
 
-__all__ = ["BODY", "PEERS", "Kombu", "Peer", "Servers", "every_peer", "is_local"]
+__all__ = ["BODY", "PEERS", "Kombu", "Ours", "Peer", "Servers", "every_peer", "is_local"]
 
 #: What every publish row sends: 1 KB, drawn once.
 BODY = os.urandom(1024)
@@ -48,7 +49,7 @@ OWN_TRANSACTION = frozenset({"transaction", "transaction16"})
 RESULTS = frozenset({"get", "group500", "worker-results"})
 CHORDS = frozenset({"chord200"})
 #: Rows of ours beside ours.
-OURS_ALONE = frozenset({"parts10000", "atomic"})
+OURS_ALONE = frozenset({"parts10000", "atomic", "atomic-write"})
 _SETTINGS = (
     "server_version fsync synchronous_commit full_page_writes wal_sync_method wal_level commit_delay "
     "shared_buffers max_wal_size"
@@ -67,7 +68,6 @@ CREATE TABLE IF NOT EXISTS bench_floor (
 
 #: What a transaction of somebody's own writes besides.
 _PURCHASE = "CREATE TABLE IF NOT EXISTS bench_purchase (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, what text)"
-_BUY = "INSERT INTO bench_purchase (what) VALUES ('a book')"
 
 Send = Callable[[bytes], object]
 
@@ -252,7 +252,7 @@ class Ours(Postgres, Kombu):
 
             def send(body: bytes) -> object:
                 with connection, connection.cursor() as cursor:
-                    cursor.execute(_BUY)
+                    cursor.execute(BUY)
                     with publish_in(connection, app):
                         return publish(body)
 
@@ -308,7 +308,7 @@ class Bare(Postgres, Peer):
 
             def send(body: bytes) -> object:
                 with connection, connection.cursor() as cursor:
-                    cursor.execute(_BUY)
+                    cursor.execute(BUY)
                     return cursor.execute(insert, (queue, binary(PROPERTIES), binary(body)))
 
             yield send, lambda: None
@@ -367,7 +367,7 @@ def _on_postgres(url: str) -> list[Peer]:
         Ours("pg", "celery-pg", message, ours, rows, dsn=url),
         Ours(
             "pg-flushed", "celery-pg, results flushed", f"{message}; a result, too", flushed,
-            frozenset({"worker-results", "atomic"}), plain=True, dsn=url,
+            frozenset({"worker-results", "atomic", "atomic-write"}), plain=True, dsn=url,
         ),
         Ours("pg-plain", "celery-pg, plain", message, ours, OURS_ALONE, plain=True, dsn=url),
         Bare("bare", "bare INSERT", "the row: one commit, flushed", url, PUBLISHING | OWN_TRANSACTION, dsn=url),

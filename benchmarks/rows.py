@@ -133,6 +133,16 @@ _TASKS = (
         _rate("tasks done", Target(0.9, ("pg-plain",))),
         working.atomic,
     ),
+    Row(
+        "atomic-write",
+        "Tasks that write a row, and complete atomically",
+        "The row before with a task that inserts one row by SQLAlchemy: with pg_atomic_completion in "
+        "`task_transaction()`, plain in a transaction of its own.",
+        "With atomic completion (celery-pg): the row, its task's result and acknowledgement, together. Plain: the row; "
+        "results flushed: the row, then the result.",
+        _rate("tasks done", Target(0.9, ("pg-plain",))),
+        working.atomic_write,
+    ),
 )
 
 _RESULTS = (

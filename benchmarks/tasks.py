@@ -1,16 +1,23 @@
 """What does the measured worker run? An ordinary Celery app; the benchmark says by environment which broker."""
 
+import functools
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+import psycopg2
+import sqlalchemy
 from celery import Celery
 
-__all__ = ["SETTINGS", "app", "configure", "echo", "mark", "mark_parts", "nothing", "total"]
+from celery_pg import task_transaction
+
+__all__ = ["BUY", "SETTINGS", "app", "buy", "configure", "echo", "mark", "mark_parts", "nothing", "total"]
 
 SETTINGS = "BENCH_CELERY_SETTINGS"
+#: What a task, or a transaction of somebody's own, writes.
+BUY = "INSERT INTO bench_purchase (what) VALUES ('a book')"
 
 app = Celery("bench")
 
@@ -23,6 +30,22 @@ def configure(settings: dict[str, Any]) -> None:
 @app.task
 def nothing() -> None:
     """The task whose cost is the machinery's alone."""
+
+
+@app.task
+def buy() -> None:
+    """A row is written: in the commit that completes the task, or else in one of its own."""
+    if app.conf.pg_atomic_completion:
+        with task_transaction() as connection:
+            connection.exec_driver_sql(BUY)
+    else:
+        with _shop().begin() as connection:
+            connection.exec_driver_sql(BUY)
+
+
+@functools.cache
+def _shop() -> sqlalchemy.Engine:
+    return sqlalchemy.create_engine("postgresql+psycopg2://", creator=lambda: psycopg2.connect(app.conf.bench_dsn))
 
 
 @app.task

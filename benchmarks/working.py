@@ -21,10 +21,10 @@ from celery import chord, group
 from benchmarks import tasks
 from benchmarks.children import Failed, alone
 from benchmarks.form import WARM_UP, Form, repeat
-from benchmarks.peers import Kombu
+from benchmarks.peers import Kombu, Ours
 from benchmarks.publishing import expect
 
-__all__ = ["SEGMENT", "apply_async", "atomic", "parts", "running", "worker", "worker_results"]
+__all__ = ["SEGMENT", "apply_async", "atomic", "atomic_write", "parts", "running", "worker", "worker_results"]
 
 ROOT = Path(__file__).parent.parent
 #: A mark in the worker's queue after so many tasks, and before the first so many that warm it up.
@@ -65,8 +65,16 @@ def worker_results(peer: Kombu, queue: str, form: Form) -> dict[str, float | Non
 
 
 def atomic(peer: Kombu, queue: str, form: Form) -> dict[str, float | None]:
-    settings = {**peer.with_results(queue), "task_acks_late": True, "pg_atomic_completion": not peer.plain}
-    return {"rate": _tasks_done(peer, settings, queue, form)}
+    return {"rate": _tasks_done(peer, _late(peer, queue), queue, form)}
+
+
+def atomic_write(peer: Ours, queue: str, form: Form) -> dict[str, float | None]:
+    settings = {**_late(peer, queue), "bench_dsn": peer.dsn}
+    return {"rate": _tasks_done(peer, settings, queue, form, tasks.buy)}
+
+
+def _late(peer: Kombu, queue: str) -> Settings:
+    return {**peer.with_results(queue), "task_acks_late": True, "pg_atomic_completion": not peer.plain}
 
 
 def parts(peer: Kombu, queue: str, form: Form) -> dict[str, float | None]:
@@ -95,10 +103,10 @@ def _send_parts(peer: Kombu, settings: Settings, form: Form, directory: str) -> 
         chord(header, tasks.mark_parts.s(form.count, f"{directory}/last")).apply_async()
 
 
-def _tasks_done(peer: Kombu, settings: Settings, queue: str, form: Form) -> float:
+def _tasks_done(peer: Kombu, settings: Settings, queue: str, form: Form, task: Any = tasks.nothing) -> float:
     """-> tasks in a second, of a worker with two processes that finds its queue full."""
     with tempfile.TemporaryDirectory(prefix="bench-worker-") as directory:
-        marks, replies = alone(_send_tasks, settings, form, directory, within=form.seconds * 2 + 30)
+        marks, replies = alone(_send_tasks, settings, form, directory, task.name, within=form.seconds * 2 + 30)
         try:
             with running(settings, queue, directory, 2) as process:
                 _wait_for(Path(directory) / "0", process, STARTED)
@@ -112,14 +120,14 @@ def _tasks_done(peer: Kombu, settings: Settings, queue: str, form: Form) -> floa
     return (len(moments) - 1) * (SEGMENT + 1) / (moments[-1] - moments[0]) * 1e9
 
 
-def _send_tasks(settings: Settings, form: Form, directory: str) -> tuple[int, str]:
-    """Send tasks that do nothing, with a mark after each segment of them. -> (marks, who is sent the results)."""
+def _send_tasks(settings: Settings, form: Form, directory: str, task: str) -> tuple[int, str]:
+    """Send tasks of this name, with a mark after each segment of them. -> (marks, who is sent the results)."""
     tasks.configure(settings)
     deadline = time.monotonic() + form.seconds
     marks = 0
     while marks < 2 or (marks * SEGMENT < form.count + SEGMENT and time.monotonic() < deadline):
         for _ in range(SEGMENT):
-            tasks.nothing.apply_async()
+            tasks.app.tasks[task].apply_async()
         tasks.mark.apply_async((f"{directory}/{marks}",))
         marks += 1
     return marks, tasks.app.thread_oid
