@@ -63,6 +63,8 @@ class Foreign(ABC):
                 "begin a transaction, or publish without publish_in"
             )
 
+    takes_several = False  # psycopg 3 does not, with parameters
+
     def run(self, statement: Statement[T]) -> T:
         """Run the statement in the transaction that is open, or that the connection begins with it.
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy
 from sqlalchemy import event, orm
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, DisconnectionError
 
 from kombu_pg import errors
-from kombu_pg.database import Database, Statement, T, forget_after_fork, mapped_errors
+from kombu_pg.database import Database, Statement, T, forget_after_fork, mapped_errors, still_open
 
 __all__ = ["TaskTransaction"]
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which an open transaction is warned of: it keeps vacuum from its work, and others from its rows.
 LONG = 60.0
+#: Under which a connection's `info` says whose it is.
+_OWNER = "celery_pg_task_transaction"
 
 
 class TaskTransaction:
@@ -34,16 +37,17 @@ class TaskTransaction:
     As a context manager it gives the SQLAlchemy connection; an exception out of the block takes back what it wrote.
 
     Attributes:
+        task: whose it is, for people to read.
+        ending: the completion is committing it.
         lost: it was rolled back because its connection was lost. Known from `close` on.
     """
 
     def __init__(self, database: Database, task: str) -> None:
+        self.task = task
         self._database = database
-        self._task = task
         self._connection: sqlalchemy.Connection | None = None
         self._savepoints: list[Any] = []
-        self._ending = False
-        self._timer: threading.Timer | None = None
+        self.ending = False
         self.lost = False
 
     @property
@@ -77,6 +81,8 @@ class TaskTransaction:
 
     # For the completion
 
+    takes_several = True  # statements at once
+
     def run(self, statement: Statement[T]) -> T:
         """Run a statement of ours in this transaction.
 
@@ -101,7 +107,7 @@ class TaskTransaction:
         Raises:
             Unavailable: the connection was lost; it is not known whether it is stored.
         """
-        self._ending = True
+        self.ending = True
         try:
             self._require_connection()
             assert self._connection is not None
@@ -116,39 +122,22 @@ class TaskTransaction:
 
     def close(self) -> None:
         """Whatever was not committed is rolled back, and the connection returned to its pool."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        _watch.forget(self)
         connection, self._connection = self._connection, None
         if connection is not None:
             self.lost = not _rolled_back(connection) or self.lost
+            if not connection.invalidated:
+                connection.info.pop(_OWNER, None)
             connection.close()
-        self._ending = False
+        self.ending = False
         self._savepoints = [None] * len(self._savepoints)
 
     def _open(self) -> sqlalchemy.Connection:
         if self._connection is None:
             with _as_ours():
                 self._connection = _engine(self._database).connect()
-            event.listen(self._connection, "begin", self._on_begin)
-            event.listen(self._connection, "commit", self._on_commit)
+            self._connection.info[_OWNER] = self
         return self._connection
-
-    def _on_begin(self, _: sqlalchemy.Connection) -> None:
-        self._timer = threading.Timer(LONG, self._warn)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _on_commit(self, _: sqlalchemy.Connection) -> None:
-        if not self._ending:
-            raise RuntimeError("the task's transaction is committed when the task has ended: leave that to it")
-
-    def _warn(self) -> None:
-        logger.warning(
-            "the transaction of task %s has been open for %g s: vacuum waits for it; write at the end of the task",
-            self._task,
-            LONG,
-        )
 
 
 def _rolled_back(connection: sqlalchemy.Connection) -> bool:
@@ -175,6 +164,37 @@ def _as_ours() -> Iterator[None]:
             raise (exc.orig or exc) from exc
 
 
+class _Watch:
+    """Warns of transactions that stay open. One thread of the process looks after all of them."""
+
+    def __init__(self) -> None:
+        self._open: dict[TaskTransaction, float] = {}
+        self._thread: threading.Thread | None = None
+
+    def begin(self, transaction: TaskTransaction) -> None:
+        self._open[transaction] = time.monotonic() + LONG
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, name="celery_pg-open-transactions", daemon=True)
+            self._thread.start()
+
+    def forget(self, transaction: TaskTransaction) -> None:
+        self._open.pop(transaction, None)
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(LONG / 10)
+            now = time.monotonic()
+            for transaction, late_at in list(self._open.items()):
+                if now >= late_at and self._open.pop(transaction, None) is not None:
+                    logger.warning(
+                        "the transaction of task %s has been open for %g s: vacuum waits for it; write at the end of "
+                        "the task",
+                        transaction.task,
+                        LONG,
+                    )
+
+
+_watch = _Watch()
 _engines: weakref.WeakKeyDictionary[Database, sqlalchemy.Engine] = weakref.WeakKeyDictionary()
 _engines_lock = threading.Lock()
 
@@ -183,15 +203,38 @@ def _engine(database: Database) -> sqlalchemy.Engine:
     """The process's pool of blocking connections to the database, as large as there are threads that use it."""
     with _engines_lock:
         if database not in _engines:
-            _engines[database] = sqlalchemy.create_engine(
-                "postgresql+psycopg2://", creator=database.blocking_connection, pool_pre_ping=True, max_overflow=-1
+            engine = sqlalchemy.create_engine(
+                "postgresql+psycopg2://", creator=database.blocking_connection, max_overflow=-1
             )
+            event.listen(engine, "checkout", _require_open)
+            event.listen(engine, "begin", _note_begin)
+            event.listen(engine, "commit", _refuse_commit)
+            _engines[database] = engine
         return _engines[database]
 
 
+def _require_open(dbapi_connection: Any, *_: Any) -> None:
+    """As SQLAlchemy's pre-ping, without the round trip."""
+    if not still_open(dbapi_connection):
+        raise DisconnectionError
+
+
+def _note_begin(connection: sqlalchemy.Connection) -> None:
+    owner = connection.info.get(_OWNER)
+    if owner is not None:
+        _watch.begin(owner)
+
+
+def _refuse_commit(connection: sqlalchemy.Connection) -> None:
+    owner = connection.info.get(_OWNER)
+    if owner is not None and not owner.ending:
+        raise RuntimeError("the task's transaction is committed when the task has ended: leave that to it")
+
+
 def _forget_engines() -> None:
-    global _engines_lock
+    global _engines_lock, _watch
     _engines_lock = threading.Lock()
+    _watch = _Watch()
     for engine in _engines.values():
         engine.dispose(close=False)  # the connections are the parent's
     _engines.clear()

@@ -358,6 +358,17 @@ class Session:
             _wait_for(self._connection.fileno(), state == pg.POLL_READ, left)
 
 
+def still_open(connection: Any) -> bool:
+    """Whether the server has not closed an idle connection of `Database.blocking_connection`; no round trip."""
+    try:
+        # Again, until nothing is left: what the server says on closing comes before the end of the stream.
+        while not connection.closed and wait_readable([connection.fileno()], 0):
+            connection.poll()
+    except psycopg2.Error:
+        return False
+    return not connection.closed
+
+
 def _wait_for(fd: int, readable: bool, timeout: float | None) -> bool:
     return bool(wait_readable([fd], timeout) if readable else _poll([fd], select.POLLOUT, timeout))
 

@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 class Connection(Protocol):
-    """What a transaction runs its statements on."""
+    """What a transaction runs its statements on. takes_several: also several in one message."""
+
+    takes_several: bool
 
     def run(self, statement: Statement[T]) -> T: ...
 
@@ -96,10 +98,15 @@ class Transaction:
 
     def defer(self, statement: Statement[Any]) -> None:
         """Have the statement run in front of the next one or of the commit, and raise there: a round trip less."""
-        if self.own:
+        if self._connection.takes_several:
             self.deferred.append(statement)
         else:
             self.run(statement)  # not every driver takes two at once
+
+    def run_deferred(self) -> None:
+        """Run what was deferred, now."""
+        if self.deferred:
+            self.run(self.deferred.pop())
 
     def with_deferred(self, statement: Statement[T]) -> Statement[T]:
         """The statement, behind those that were deferred; none is any more."""
@@ -197,6 +204,7 @@ def borrowed(database: Database, connection: Connection, wakes: Wakes | None = N
     opened = Transaction(database, connection, own=False, wakes=wakes)
     with _entered(opened):
         yield opened
+    opened.run_deferred()
 
 
 def same_store(one: Database, other: Database) -> bool:
@@ -235,6 +243,8 @@ def _who() -> tuple[int, int, int]:
 
 class _Own:
     """A session of ours, in a transaction from its first statement on."""
+
+    takes_several = True
 
     def __init__(self, session: Session) -> None:
         self._session = session

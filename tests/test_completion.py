@@ -44,6 +44,7 @@ def test_no_transaction_is_open_before_the_first_statement(store, database):
 
 def test_a_transaction_that_stays_open_is_warned_of(database, caplog, monkeypatch):
     monkeypatch.setattr(task_connection, "LONG", 0.05)
+    monkeypatch.setattr(task_connection, "_watch", task_connection._Watch())
     transaction = TaskTransaction(database, "slow[1]")
 
     with caplog.at_level(logging.WARNING), transaction as connection:
@@ -52,6 +53,21 @@ def test_a_transaction_that_stays_open_is_warned_of(database, caplog, monkeypatc
     transaction.close()
 
     assert "the transaction of task slow[1] has been open for 0.05 s" in caplog.records[0].getMessage()
+
+
+def test_a_connection_that_the_server_has_closed_meanwhile_is_not_given_to_the_next_task(store, database):
+    def write():
+        transaction = TaskTransaction(database, "t[1]")
+        with transaction as connection:
+            pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        transaction.close()
+        return pid
+
+    pid = write()
+    assert write() == pid
+    store.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+
+    assert write() != pid
 
 
 def test_a_commit_of_ones_own_is_refused_and_stores_nothing(store, database):
