@@ -312,9 +312,8 @@ class Delivery:
                 return
             self._poll()
             # What is returned goes alone: those who are told of it look once it is committed.
-            now = time.monotonic()
-            feed = None if self._settlement.returns else self._claimer(now)
-            if feed is not None or (self._settlement and not self._claims_soon(now)):
+            feed = None if self._settlement.returns else self._claimer(time.monotonic())
+            if feed is not None or self._settlement:
                 self._send(feed)
 
     def deliver(self) -> int:
@@ -380,12 +379,6 @@ class Delivery:
                 self._next_feed += offset + 1
                 return feed
         return None
-
-    def _claims_soon(self, now: float) -> bool:
-        """What was settled can ride along with a claim: a timer is set for it."""
-        if self._hub is None or self._settlement.returns:
-            return False
-        return any(feed.hungry and feed.refill_at is not None and feed.refill_at > now for feed in self._feeds)
 
     def _send(self, feed: Feed | None) -> None:
         assert self._session is not None
