@@ -118,7 +118,19 @@ def _say(ctx: click.Context, as_json: bool, value: dict[str, Any], line: str, st
 
 def _print_json(value: object) -> None:
     # Plain ASCII: a NUL and a lone surrogate are escapes in it.
-    click.echo(json.dumps(value, indent=2, default=str))
+    click.echo(json.dumps(_plain(value), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for as text: bytes, dates, NaN."""
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    known = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and value - value == 0)
+    return value if known else str(value)
 
 
 def _queue_id(session: Session, options: Options, name: str) -> int:
@@ -259,8 +271,9 @@ def purge(ctx: click.Context, queue: str, force: bool, as_json: bool) -> None:
         queue_id = _queue_id(session, options, queue)
         if not force:
             click.confirm(f"drop every waiting message of queue {queue!r}? there is no undo", abort=True, err=True)
-        purged = 0
-        while batch := session.run(Store(options).purge(queue_id, PURGE_BATCH), timeout=None):
+        batch = purged = session.run(Store(options).purge(queue_id, PURGE_BATCH), timeout=None)
+        while batch == PURGE_BATCH:  # not until nothing is left: somebody may publish as fast as this drops
+            batch = session.run(Store(options).purge(queue_id, PURGE_BATCH), timeout=None)
             purged += batch
     _say(ctx, as_json, {"queue": queue, "purged": purged}, f"dropped {number(purged)} messages of queue {queue!r}")
 

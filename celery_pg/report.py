@@ -291,21 +291,9 @@ def waiting_as_json(message: Waiting) -> dict[str, Any]:
         "task_id": content.task_id,
         "content_type": content.content_type,
         "content_encoding": content.content_encoding,
-        "headers": _plain(content.headers),
+        "headers": content.headers,
         "body": message.body.decode("utf-8", "backslashreplace"),
     }
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has no word for as text: bytes, dates, NaN."""
-    if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    known = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and value - value == 0)
-    return value if known else str(value)
 
 
 # Results

@@ -57,6 +57,19 @@ def queue(broker: str) -> str:
     return "q"
 
 
+def test_a_purge_ends_while_somebody_publishes_as_fast_as_it_drops(store: Store, broker: str, queue: str) -> None:
+    store.execute(
+        "CREATE FUNCTION one_more() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO kombu_pg.ready (queue_id, band, position, message_id, size)"
+        " VALUES (old.queue_id, old.band, old.position + 1, old.position + 1, 0); RETURN old; END $$;"
+        "CREATE TRIGGER one_more AFTER DELETE ON kombu_pg.ready FOR EACH ROW EXECUTE FUNCTION one_more()"
+    )
+    publish(broker, "first")
+
+    assert as_json(broker, "purge", queue, "-f") == {"queue": queue, "purged": 1}
+    store.execute("DROP FUNCTION one_more CASCADE")
+
+
 def declare(broker: str, name: str, **arguments: object) -> None:
     with kombu.Connection(broker) as connection:
         kombu.Queue(name, channel=connection.channel(), **arguments).declare()
