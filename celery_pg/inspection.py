@@ -22,19 +22,21 @@ __all__ = ["info", "waiting"]
 
 #: The most tasks that are listed.
 LISTED = 1_000
+#: Bytes of a body beyond which its arguments are shown as the sender has written them down for people to read.
+LARGEST = 16 * 1024
 
 
 def waiting(database: Database, queues: Sequence[str], *, ready: bool) -> list[WaitingTask]:
     """The tasks in these queues that are not due yet and, if `ready`, those that nobody has claimed; at most LISTED."""
-    return database.run(RevokeStore(database.options).waiting(list(queues), LISTED, ready=ready))
+    return database.run(RevokeStore(database.options).waiting(list(queues), LISTED, LARGEST, ready=ready))
 
 
 def info(consumer: Any, task: WaitingTask) -> dict[str, Any]:
     """As Celery's `Request.info` of a task that is not begun."""
     row = Row(task.id, 0, task.returns > 0, task.returns, task.priority, False, task.exchange, task.routing_key,
-              task.properties, task.body, 0, None)  # fmt: skip
+              task.properties, task.body or b"", 0, None)  # fmt: skip
     raw = decode(row, "", 0)
-    args, kwargs = _arguments(consumer.app, raw)
+    args, kwargs = _written_down(raw) if task.body is None else _arguments(consumer.app, raw)
     return {
         "id": task.task_id,
         "name": raw.headers.get("shadow") or task.task,
@@ -61,6 +63,10 @@ def _arguments(app: Any, raw: Any) -> tuple[Any, Any]:
     )  # fmt: skip
     try:
         args, kwargs, _ = message.decode()
-    except Exception:  # noqa: BLE001 - any decoder's; this is what the sender has written down for people to read
-        return raw.headers.get("argsrepr"), raw.headers.get("kwargsrepr")
+    except Exception:  # noqa: BLE001 - any decoder's
+        return _written_down(raw)
     return args, kwargs
+
+
+def _written_down(raw: Any) -> tuple[Any, Any]:
+    return raw.headers.get("argsrepr"), raw.headers.get("kwargsrepr")

@@ -36,7 +36,7 @@ class WaitingTask:
     routing_key: str
     returns: int
     properties: bytes
-    body: bytes
+    body: bytes | None  # None: too large to be listed
 
 
 class RevokeStore:
@@ -64,10 +64,14 @@ class RevokeStore:
             lambda rows: [RevokedStamp(*row) for row in rows],
         )
 
-    def waiting(self, queues: Sequence[str], limit: int, *, ready: bool) -> Statement[list[WaitingTask]]:
+    def waiting(
+        self, queues: Sequence[str], limit: int, body_limit: int, *, ready: bool
+    ) -> Statement[list[WaitingTask]]:
         """What is scheduled in these queues, the next due first, and (`ready`) what would be claimed next."""
         return Statement(
-            f"SELECT * FROM {self._sql}.waiting_tasks(%s, %s, %s)", (list(queues), ready, limit), _read_waiting
+            f"SELECT * FROM {self._sql}.waiting_tasks(%s, %s, %s, %s)",
+            (list(queues), ready, limit, body_limit),
+            _read_waiting,
         )
 
 
@@ -76,7 +80,7 @@ def _read_waiting(rows: Rows) -> list[WaitingTask]:
 
 
 def _waiting(row: Sequence[Any]) -> tuple[Any, ...]:
-    return (*row[:8], bytes(row[8]), bytes(row[9]))
+    return (*row[:8], bytes(row[8]), None if row[9] is None else bytes(row[9]))
 
 
 def _nothing(_: Rows) -> None:

@@ -83,8 +83,8 @@ END $$;
 
 
 -- What waits in these queues, for `inspect scheduled` and `query_task`: the scheduled ones that are due next, then those that
--- would be claimed next, at most p_limit of either.
-CREATE FUNCTION kombu_pg.waiting_tasks(p_queues text[], p_ready boolean, p_limit integer)
+-- would be claimed next, at most p_limit of either. body: NULL if it is larger than p_body_limit.
+CREATE FUNCTION kombu_pg.waiting_tasks(p_queues text[], p_ready boolean, p_limit integer, p_body_limit integer)
 RETURNS TABLE (id bigint, due_at timestamptz, priority smallint, task text, task_id text, exchange text, routing_key text,
                returns integer, properties bytea, body bytea)
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
@@ -93,7 +93,8 @@ AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY
-        SELECT m.id, s.due_at, m.priority, m.task, m.task_id, m.exchange, m.routing_key, m.returns, m.properties, m.body
+        SELECT m.id, s.due_at, m.priority, m.task, m.task_id, m.exchange, m.routing_key, m.returns, m.properties,
+               CASE WHEN octet_length(m.body) <= p_body_limit THEN m.body END
           FROM kombu_pg.queue q
          CROSS JOIN LATERAL (
             SELECT x.due_at, x.message_id FROM kombu_pg.scheduled x
@@ -105,7 +106,7 @@ BEGIN
     IF p_ready THEN
         RETURN QUERY
             SELECT m.id, NULL::timestamptz, m.priority, m.task, m.task_id, m.exchange, m.routing_key, m.returns,
-                   m.properties, m.body
+                   m.properties, CASE WHEN octet_length(m.body) <= p_body_limit THEN m.body END
               FROM kombu_pg.queue q
              CROSS JOIN LATERAL (
                 SELECT x.message_id FROM kombu_pg.ready x
