@@ -225,7 +225,7 @@ class Listener:
         return False
 
     def forget(self) -> None:
-        """Drop what is older than its retention."""
+        """Drop what was heard of longer ago than the retention."""
         self._database.run(self._store.forget())
 
     def _hear_next(self, queue: str, after: int, on_heard: Callable[[Heard], None]) -> int | None:

@@ -79,6 +79,18 @@ def test_one_dead_letter_is_shown_with_headers_and_body(full):
     assert "one-0" in dead(full, "show", ids(full)[0]).stdout
 
 
+def test_what_json_has_no_word_for_is_shown_as_text(full):
+    with publisher(full.broker()) as producer:
+        for _ in range(2):
+            producer.publish("", routing_key="one", headers={"task": "odd", "nan": float("nan"), "nul": "\0\ud800"})
+
+    (listed,) = answer(full, "list", "--task", "odd")
+
+    shown = dead(full, "show", str(listed["id"]), "--json").stdout
+    headers = json.loads(shown, parse_constant=pytest.fail)["headers"]
+    assert (headers["nan"], headers["nul"]) == ("nan", "\0\ud800")
+
+
 def test_dead_letters_are_tried_again_in_the_queue_they_died_in(full):
     with Consuming(full.broker(), "spare") as consuming:
         consuming.rest()
@@ -122,11 +134,12 @@ def test_nothing_is_done_to_everything_by_mistake(full):
 
 
 def test_a_dead_letter_is_dropped_when_its_retention_is_over(full):
-    full.execute("UPDATE kombu_pg.dead_letter SET dead_at = dead_at - interval '14 days' WHERE queue = 'one'")
+    full.execute("UPDATE kombu_pg.dead_letter SET dead_at = dead_at - interval '100 days'")
+    full.execute("UPDATE kombu_pg.dead_letter SET heard_at = now() - interval '14 days' WHERE queue = 'one'")
     options = Options.parse(full.broker())
 
     assert database_for(options).run(DeadLetterStore(options).forget()) == 3
-    assert left(full) == ["two-0", "two-1"]
+    assert left(full) == ["two-0", "two-1"], "nobody has heard of them yet"
 
 
 def test_each_is_heard_by_one_listener_and_the_view_says_so(full):

@@ -96,7 +96,7 @@ class DeadLetterStore:
         return Statement(f"SELECT {self._sql}.heard(%s, %s)", (letter_id, detail), _nothing)
 
     def forget(self) -> Statement[int]:
-        """Drop what is older than the retention, and revokes that nothing is left of. -> how many dead letters."""
+        """Drop what was heard of before the retention began, and revokes that nothing is left of. -> dead letters."""
         return Statement(
             f"SELECT {self._sql}.forget_dead_letters(%s, %s), {self._sql}.forget_revokes(%s)",
             (self._retention, FORGET_BATCH, FORGET_BATCH),

@@ -382,7 +382,7 @@ BEGIN
     PERFORM kombu_pg.wake(v_queues);
 END $$;
 
--- Drop what has been dead for longer than this; returns how many.
+-- Drop what was heard of longer ago than this; returns how many. What nobody has heard of stays: somebody still waits for it.
 CREATE FUNCTION kombu_pg.forget_dead_letters(p_retention double precision, p_limit integer) RETURNS integer
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off AS $$
 DECLARE
@@ -391,7 +391,7 @@ DECLARE
 BEGIN
     DELETE FROM kombu_pg.dead_letter d WHERE d.ctid = ANY (ARRAY(
         SELECT x.ctid FROM kombu_pg.dead_letter x
-         WHERE x.dead_at < v_since ORDER BY x.dead_at LIMIT p_limit FOR UPDATE SKIP LOCKED));
+         WHERE x.heard_at < v_since ORDER BY x.heard_at LIMIT p_limit FOR UPDATE SKIP LOCKED));
     GET DIAGNOSTICS v_count = ROW_COUNT;
     RETURN v_count;
 END $$;
