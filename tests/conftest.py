@@ -1,6 +1,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     xdist's workers inherit the URL by their environment, so there is one server however many they are.
     """
+    # A shell lets its background jobs ignore SIGINT, and what they start inherits that: nothing could be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config = session.config
     try:
         if not os.environ.get("CELERY_PG_TEST_URL"):
