@@ -144,7 +144,7 @@ OPTIONS: tuple[Option, ...] = (
         "dead_letter_retention",
         int,
         14 * 86400,
-        "how long the table dead_letter keeps a message",
+        "how long the table dead_letter keeps a message after its task's callers have heard of it",
         "seconds",
         1,
         10 * 365 * 86400,
@@ -283,6 +283,11 @@ def _from_transport_options(given: Mapping[str, Any]) -> dict[str, Any]:
     ignored = []
     for name, value in given.items():
         if name in _BY_NAME:
+            if name == "listen_url" and isinstance(value, str) and split_password(value)[1]:
+                raise OptionError(
+                    'transport option "listen_url" holds a password, and Celery shows transport options: '
+                    "leave it out (the URL's own counts there, too), or put listen_url into the URL"
+                )
             if value is not None:
                 values[name] = _BY_NAME[name].read(value)
         elif name in _OTHER_TRANSPORTS:

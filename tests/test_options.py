@@ -198,6 +198,14 @@ def test_a_listen_url_with_its_own_user_takes_no_password_of_another():
     assert options.listen_dsn == "postgresql://listener:s3cret2@direct:5433/db"
 
 
+def test_a_password_where_celery_would_show_it_is_refused():
+    with pytest.raises(OptionError, match="put listen_url into the URL") as refused:
+        Options.parse("pg://u:p@pooler/db", {"listen_url": "pg://u:s3cret@direct:5432"})
+
+    assert "s3cret" not in str(refused.value)
+    Options.parse("pg://u:p@pooler/db", {"listen_url": "pg://direct:5432"})
+
+
 def test_our_options_inside_a_listen_url_are_refused():
     inner = quote("pg://direct/db?schema=x", safe="")
 
