@@ -456,12 +456,17 @@ class Channel(base.StdChannel):
 
         Raises:
             NotFound, ResourceLocked: as queue_declare.
+            Unavailable: the connection is lost; what the server may have claimed goes back.
         """
         connection = self._connection()
         connection.attach()
         queue_id, ready = self._use(queue, (60, 70))
         while True:
-            rows = self._run(self._store.claim(self._claim_one(queue_id))).rows
+            try:
+                rows = self._run(self._store.claim(self._claim_one(queue_id))).rows
+            except errors.Unavailable:
+                connection.collect()
+                raise
             if not rows:
                 return None
             row = rows[0]

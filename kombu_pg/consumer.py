@@ -43,6 +43,8 @@ SUSPECT_RETURNS = 3
 #: Seconds after a lost connection in which its leases are looked through every RECONCILE_PERIOD, then less often.
 RECONCILE_CLOSELY = 3.0
 RECONCILE_PERIOD = 0.5
+#: Seconds after which its subscriptions and exclusive queues end: by then the application consumes over another one.
+ENDING = 30.0
 #: Seconds that a process waits for its thread to leave.
 LEAVE_TIMEOUT = 10.0
 #: Seconds after which it leaves by itself when all its connections were lost: most of them come back at once.
@@ -288,8 +290,11 @@ class Consumer:
         self._attached.set()
         logger.info("consumer %s is registered%s", self.id, " (by heartbeats)" if self.heartbeat else "")
 
-    def _agree(self, session: Session, *, closely: bool, reassert: bool = False) -> None:
-        """Give back what was leased over lost connections and is no longer referred to."""
+    def _agree(self, session: Session, *, closely: bool, reassert: bool = False, end: bool = False) -> None:
+        """Give back what was leased over lost connections and is no longer referred to.
+
+        `end`: their subscriptions and exclusive queues, too, are over.
+        """
         # What an application has dropped may hang in a reference cycle, an exception's traceback for instance.
         if closely:
             gc.collect()
@@ -298,7 +303,7 @@ class Consumer:
             late = [message_id for settlement in self._late.values() for message_id in settlement.message_ids]
             held = (*self._held.keys(), *late)
         assert self.id is not None
-        given_back = session.run(self._store.reconcile(self.id, last, tokens, held, reassert=reassert))
+        given_back = session.run(self._store.reconcile(self.id, last, tokens, held, reassert=reassert, end=end))
         if given_back:
             logger.info("consumer %s gave back %s messages that nobody here works on", self.id, given_back)
 
@@ -308,7 +313,7 @@ class Consumer:
         while not self._is_over():
             self._flush_late(session)
             if rounds.reconcile_due(self._lost_at):
-                self._agree(session, closely=rounds.reconciles_closely)
+                self._agree(session, closely=rounds.reconciles_closely, end=rounds.lost_for_good)
             if not self.settled:
                 self._wait_for_the_others(session)
             if rounds.upkeep_due():
@@ -402,6 +407,7 @@ class _Rounds:
 
     def __init__(self) -> None:
         self.upkeep_at = 0.0
+        self._began_at = time.monotonic()
         self._sweep_at = 0.0
         self._reconcile_at: float | None = None
         self._lost_at: float | None = None
@@ -428,6 +434,11 @@ class _Rounds:
     @property
     def reconciles_closely(self) -> bool:
         return self._lost_at is not None and time.monotonic() < self._lost_at + RECONCILE_CLOSELY
+
+    @property
+    def lost_for_good(self) -> bool:
+        """What was lost is long lost; and the server, if it was away, has been back for as long."""
+        return self._lost_at is not None and time.monotonic() > max(self._lost_at, self._began_at) + ENDING
 
     def reconcile_due(self, lost_at: float | None) -> bool:
         """At once when a connection was lost, and then again and again.

@@ -106,21 +106,24 @@ class Delivery:
             subscription = feed.subscriptions.pop(tag, None)
             if subscription is None:
                 return
-            for _ in range(len(self._undelivered)):
-                item = self._undelivered.popleft()
-                if (
-                    item[0] is feed
-                    and item[1].queue_id == subscription.queue_id
-                    and feed.receiver(item[1].queue_id) is None
-                ):
-                    self._give_back(*item)
-                else:
-                    self._undelivered.append(item)
             if not feed.subscriptions:
                 self._feeds.remove(feed)
         if self._session is not None and not self.lost:
+            self._wait_answer()  # a claim that is under way still brings some
+            self._give_back_undelivered(feed, subscription.queue_id)
             self.flush()
             self._disarm(feed, subscription.queue_id)
+
+    def _give_back_undelivered(self, feed: Feed, queue_id: int) -> None:
+        with self._lock:
+            if any(s.queue_id == queue_id for s in feed.subscriptions.values()):
+                return
+            claimed, self._undelivered = self._undelivered, deque()
+            for item in claimed:
+                if item[0] is feed and item[1].queue_id == queue_id:
+                    self._give_back(*item)
+                else:
+                    self._undelivered.append(item)
 
     def _disarm(self, feed: Feed, queue_id: int) -> None:
         if any(s.queue_id == queue_id for s in feed.subscriptions.values()):

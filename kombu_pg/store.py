@@ -530,7 +530,7 @@ class Store:
         )
 
     def unsubscribe(self, consumer_id: int, token: int, tag: str) -> Statement[None]:
-        return self._call("unsubscribe", consumer_id, token, tag, self._options.heartbeat_timeout)
+        return self._call("unsubscribe", consumer_id, token, tag)
 
     def _caller(self, caller: Caller) -> tuple[Any, ...]:
         return (caller.consumer_id, caller.token, _array(caller.live_tokens), self._options.heartbeat_timeout)
@@ -562,23 +562,27 @@ class Store:
         return Statement(f"SELECT * FROM {self._sql}.returning_consumers()", (), lambda rows: (rows[0][0], rows[0][1]))
 
     def reconcile(
-        self, consumer_id: int, last_token: int, tokens: Iterable[int], held: Iterable[int], *, reassert: bool
+        self,
+        consumer_id: int,
+        last_token: int,
+        tokens: Iterable[int],
+        held: Iterable[int],
+        *,
+        reassert: bool = False,
+        end: bool = False,
     ) -> Statement[int]:
-        """-> how many messages were given back."""
+        """-> messages that were given back. `end`: lost connections lose subscriptions and exclusive queues, too."""
         return Statement(
-            f"CALL {self._sql}.reconcile_and_wake({_slots(5)})",
-            (consumer_id, last_token, _array(tokens), _array(held), reassert),
+            f"CALL {self._sql}.reconcile_and_wake({_slots(6)})",
+            (consumer_id, last_token, _array(tokens), _array(held), reassert, end),
             lambda rows: int(rows[0][0]),
         )
 
     def close_connection(self, consumer_id: int, token: int) -> Statement[None]:
-        parameters = (consumer_id, token, self._options.heartbeat_timeout)
-        return Statement(f"CALL {self._sql}.close_connection_and_wake({_slots(3)})", parameters, _nothing)
+        return Statement(f"CALL {self._sql}.close_connection_and_wake(%s, %s)", (consumer_id, token), _nothing)
 
     def detach(self, consumer_id: int) -> Statement[None]:
-        return Statement(
-            f"CALL {self._sql}.detach({_slots(2)})", (consumer_id, self._options.heartbeat_timeout), _nothing
-        )
+        return Statement(f"CALL {self._sql}.detach(%s)", (consumer_id,), _nothing)
 
     def upkeep(self, consumer_id: int, *, sweep: bool) -> Statement[Upkeep]:
         o = self._options

@@ -165,7 +165,11 @@ class Connection:
         if self._loose:
             loose, self._loose = self._loose, Settlement()
             if self.connected and self.consumer.id is not None:
-                self.run(self.store.settle(self.consumer.id, loose))
+                try:
+                    self.run(self.store.settle(self.consumer.id, loose))
+                except errors.Unavailable as exc:
+                    logger.warning("what was settled is sent once more, when the server is back: %s", exc)
+                    self.consumer.settle_late(loose, self._epoch)
             else:
                 self.consumer.settle_late(loose, self._epoch)
         elif self._delivery is not None and self.connected:
@@ -188,7 +192,7 @@ class Connection:
     def close_channel(self, channel: Channel) -> None:
         if channel in self.channels:
             self.channels.remove(channel)
-        if not self.connected:
+        if not self.connected or self._is_inherited():
             return
         if self._delivery is not None:
             for tag in list(channel.feed.subscriptions):
@@ -201,6 +205,8 @@ class Connection:
 
     def close(self) -> None:
         """Close in order: what is unacked goes back, exclusive queues go. Blocks; may be called twice."""
+        if self._is_inherited():
+            self.collect()
         if not self.connected:
             return
         try:
@@ -226,7 +232,7 @@ class Connection:
         if not self.connected:
             return
         self.connected = False
-        if self._pid != os.getpid():
+        if self._is_inherited():
             return
         if self._delivery is not None:
             settlement = self._delivery.hand_over()
@@ -235,6 +241,10 @@ class Connection:
                 self.consumer.settle_late(settlement, self._epoch)
         self.consumer.drop_token(self.token)
         self._database.release()
+
+    def _is_inherited(self) -> bool:
+        """This is a forked child: the session, and what it holds, are the parent's."""
+        return self._pid != os.getpid()
 
 
 class Management(base.Management):

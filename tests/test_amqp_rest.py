@@ -1244,7 +1244,10 @@ def test_every_message_stands_in_one_place_whatever_is_done(pg, seed):
                     lambda m: getattr(m, verb)(),  # noqa: B023
                 )(message)
             elif what < 0.97:
-                pg.query("UPDATE kombu_pg.message SET expires_at = now() WHERE random() < 0.1 RETURNING id")
+                pg.query(
+                    "UPDATE kombu_pg.message SET expires_at = now() WHERE id IN "
+                    "(SELECT id FROM kombu_pg.message WHERE random() < 0.1 ORDER BY id FOR UPDATE) RETURNING id"
+                )
             else:
                 channel.close()
                 held, channel = [], connection.channel()

@@ -671,11 +671,47 @@ def test_a_queue_that_nobody_uses_expires(amqp):
 
 def test_a_queue_that_nobody_uses_is_swept_by_any_consumer(pg):
     queue, used = pg.queue(arguments={"x-expires": 60_000}), pg.queue(arguments={"x-expires": 3_600_000})
-    execute(pg.database, "UPDATE kombu_pg.queue SET used_at = used_at - interval '2 minutes'")
     Inbox(pg.channel, used)
+    for name in (queue, used):
+        age(pg, name, 120)
 
     eventually(lambda: not exists(pg.channel, queue))
     assert exists(pg.channel, used)
+
+
+def test_a_server_that_was_away_for_longer_than_x_expires_keeps_the_queue(pg):
+    queue = pg.queue(arguments={"x-expires": 60_000})
+    Inbox(pg.channel, pg.queue())
+    age(pg, queue, 120)
+    pg.query("UPDATE kombu_pg.installation SET epoch_since = clock_timestamp() RETURNING 1")
+
+    pg.query("SELECT kombu_pg.expire_queues()")
+
+    assert exists(pg.channel, queue)
+
+
+@pytest.mark.parametrize("argument", [{"auto_delete": True}, {"arguments": {"x-expires": 60_000}}], ids=str)
+def test_a_queue_outlives_a_consumer_that_was_only_cut_off(pg, argument):
+    queue = pg.queue(**argument)
+    pg.query(
+        "INSERT INTO kombu_pg.consumer (hostname, pid, heartbeat, epoch, seen_at) "
+        "VALUES ('cut off', 1, true, '', now() - interval '1 day') RETURNING id"
+    )
+    pg.query(
+        "INSERT INTO kombu_pg.subscription (consumer_id, token, tag, queue_id) SELECT c.id, 1, 'its', q.id "
+        "FROM kombu_pg.queue q, kombu_pg.consumer c WHERE q.name = %s AND c.hostname = 'cut off' RETURNING 1",
+        queue,
+    )
+    Inbox(pg.channel, queue).cancel()
+    age(pg, queue, 120)
+
+    pg.query("SELECT kombu_pg.expire_queues()")
+
+    assert exists(pg.channel, queue)
+    eventually(lambda: pg.query("SELECT FROM kombu_pg.consumer WHERE hostname = 'cut off'") == [])
+    age(pg, queue, 120)
+    pg.query("SELECT kombu_pg.expire_queues()")
+    assert not exists(pg.channel, queue)
 
 
 @pytest.mark.parametrize(
@@ -695,7 +731,7 @@ def test_use_keeps_a_queue_from_expiring(pg, use):
 
     use(pg.channel, queue)
     age(pg, queue, 45)
-    pg.query("SELECT kombu_pg.expire_queues(30)")
+    pg.query("SELECT kombu_pg.expire_queues()")
 
     assert exists(pg.channel, queue)
 
@@ -716,7 +752,7 @@ def test_a_publish_does_not_keep_a_queue_from_expiring(pg):
     age(pg, queue, 120)
 
     send(pg.channel, queue, "forgotten")
-    pg.query("SELECT kombu_pg.expire_queues(30)")
+    pg.query("SELECT kombu_pg.expire_queues()")
 
     assert not exists(pg.channel, queue)
 
@@ -726,7 +762,7 @@ def test_a_queue_declared_while_it_expires_is_there_afterwards(pg):
     age(pg, queue, 120)
 
     with contextlib.closing(psycopg2.connect(pg.database)) as sweep, sweep.cursor() as cursor:
-        cursor.execute("SELECT kombu_pg.expire_queues(30)")
+        cursor.execute("SELECT kombu_pg.expire_queues()")
         with ThreadPoolExecutor() as pool:
             arguments = {"x-expires": 60_000}
             declared = pool.submit(pg.channel.queue_declare, queue, auto_delete=False, arguments=arguments)
@@ -751,8 +787,14 @@ def test_a_redeclaration_writes_once_in_a_quarter_of_the_queues_life(pg, seconds
 
 
 def age(pg: Broker, queue: str, seconds: int) -> None:
-    statement = "UPDATE kombu_pg.queue SET used_at = used_at - make_interval(secs => %s) WHERE name = %s RETURNING id"
-    assert pg.query(statement, seconds, queue)
+    pg.query(
+        "UPDATE kombu_pg.installation SET epoch_since = epoch_since - make_interval(secs => %s) RETURNING 1", seconds
+    )
+    pg.query(
+        "UPDATE kombu_pg.queue SET used_at = used_at - make_interval(secs => %s) WHERE name = %s RETURNING id",
+        seconds,
+        queue,
+    )
 
 
 # basic.get, ack, reject, recover
@@ -1098,6 +1140,17 @@ def test_what_was_prefetched_and_not_delivered_goes_back_on_cancel(pg):
     assert is_quiet(pg.channel)
     again = [take(pg.connect().channel(), queue) for _ in "bcd"]
     assert [(m.body, m.properties["pg_returns"]) for m in again] == [("b", 0), ("c", 0), ("d", 0)]
+
+
+def test_what_a_claim_under_way_brings_after_the_cancel_goes_back_at_once(pg):
+    queue = pg.queue()
+    send(pg.channel, queue, *range(400))
+    inbox = Inbox(pg.channel, queue)
+    inbox.wait(1)  # the next claim is sent before this returns
+
+    inbox.cancel()
+
+    assert ready(pg.connect().channel(), queue) + len(inbox) == 400
 
 
 def test_a_consumer_hears_that_its_queue_was_deleted(broker):

@@ -1,12 +1,16 @@
 import gc
+import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import kombu
 import pytest
+from conftest import through
 from watching import Consuming, eventually, publish
 
 from kombu_pg.consumer import SUSPECT_RETURNS
+from kombu_pg.errors import Unavailable
 
 pytestmark = pytest.mark.ownership
 
@@ -212,3 +216,96 @@ def test_no_function_that_pins_its_plans_is_compiled_for_it(store):
     )
 
     assert compiled == []
+
+
+def test_a_forked_child_that_closes_what_it_inherited_takes_nothing_from_its_parent(store, broker):
+    with kombu.Connection(broker) as connection:
+        channel = connection.channel()
+        channel.queue_declare("q", auto_delete=False)
+        publish(broker, "held")
+        message = channel.basic_get("q")
+
+        child = os.fork()
+        if not child:
+            try:
+                channel.close()
+                connection.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+
+        assert leased(store) == 1
+        assert ready(store) == 0
+        message.ack()
+        assert store.value("SELECT count(*) FROM kombu_pg.message") == 0
+
+
+@pytest.fixture
+def cut(broker, tcp_proxy):
+    """A connection over a proxy, with one message that it got and that is not settled."""
+    with kombu.Connection(through(tcp_proxy, broker)) as connection:
+        channel = connection.channel()
+        channel.queue_declare("q", auto_delete=False)
+        publish(broker, "got", "next")
+        yield channel, channel.basic_get("q")
+
+
+def test_an_ack_that_meets_a_lost_connection_is_said_again(store, tcp_proxy, cut):
+    _, message = cut
+    tcp_proxy.cut()
+
+    message.ack()
+    tcp_proxy.resume()
+
+    eventually(lambda: ready(store) == store.value("SELECT count(*) FROM kombu_pg.message") == 1, 10)
+
+
+def test_what_a_get_has_claimed_that_heard_no_answer_goes_back(store, tcp_proxy, cut):
+    channel, message = cut
+    with store.session() as session, ThreadPoolExecutor() as pool:
+        session.autocommit = False
+        session.cursor().execute("LOCK TABLE kombu_pg.lease IN SHARE MODE")
+        got = pool.submit(channel.basic_get, "q")
+        eventually(lambda: store.execute("SELECT 1 FROM pg_locks WHERE NOT granted"), 5, "the claim is under way")
+        tcp_proxy.drop()
+        session.rollback()
+        with pytest.raises(Unavailable):
+            got.result(10)
+
+    eventually(lambda: ready(store) == 1, 10, "it is given back")
+    assert leased(store) == 1
+    message.ack()
+    eventually(lambda: leased(store) == 0, 5)
+
+
+def test_queues_and_subscriptions_of_a_lost_connection_end_while_its_process_lives_on(
+    store, broker, watching, monkeypatch
+):
+    monkeypatch.setattr("kombu_pg.consumer.ENDING", 0.5)
+    lost = Consuming(broker)
+    lost.channel.queue_declare("exclusive", exclusive=True)
+    lost.channel.queue_declare("auto-delete")
+    lost.channel.basic_consume("auto-delete", callback=print)
+
+    lose(lost)
+
+    eventually(lambda: queues(store) == ["elsewhere", "q"], 10)
+    assert store.execute("SELECT q.name FROM kombu_pg.subscription s JOIN kombu_pg.queue q ON q.id = s.queue_id") == [
+        ("elsewhere",)
+    ]
+
+
+def queues(store):
+    return [row[0] for row in store.execute("SELECT name FROM kombu_pg.queue ORDER BY name")]
+
+
+def test_messages_that_are_held_past_their_time_keep_no_others_from_expiring(store, broker):
+    with Consuming(broker, prefetch=5) as consuming:
+        publish(broker, *range(8), expiration=3600)
+        consuming.until(5)
+        store.execute("UPDATE kombu_pg.message SET expires_at = now() - interval '1 hour' + id * interval '1 ms'")
+
+        assert store.value("SELECT expired FROM kombu_pg.expire_messages('-infinity', 2)") == 3
+
+        eventually(lambda: ready(store) == 0, 5)
+        assert leased(store) == 5

@@ -287,7 +287,7 @@ def test_a_queue_that_is_gone_does_not_shift_the_marks_of_the_others(store, clai
 def test_an_eta_walks_neither_what_was_due_long_ago_nor_what_is_due_later(store, claiming):
     statements = [
         "SELECT kombu_pg.wake_clock(now() + interval '1 second')", "SELECT kombu_pg.next_due()",
-        "CALL kombu_pg.promote_and_wake(10)", "SELECT kombu_pg.expire_messages(10)",
+        "CALL kombu_pg.promote_and_wake(10)", "SELECT kombu_pg.expire_messages('-infinity', 10)",
     ]  # fmt: skip
     with store.session() as session, snapshot(store), session.cursor() as cursor:
         empty = [claiming.median(lambda sql=sql: cursor.execute(sql)) for sql in statements]
@@ -304,6 +304,23 @@ def test_an_eta_walks_neither_what_was_due_long_ago_nor_what_is_due_later(store,
         full = [claiming.median(lambda sql=sql: cursor.execute(sql)) for sql in statements]
 
     assert [now < 3 * then + 0.002 for now, then in zip(full, empty, strict=True)] == [True] * 4
+
+
+def test_a_message_is_taken_out_of_its_place_at_the_same_cost_however_many_wait_for_their_eta(store, claiming):
+    take = "SELECT kombu_pg.withdraw(ARRAY(SELECT generate_series(-100, -1)))"
+    store.execute(
+        "INSERT INTO kombu_pg.message (id, queue_id, priority, band, exchange, routing_key, properties, body)"
+        " SELECT -n, 1, 0, 3, '', '', '', '' FROM generate_series(1, 100) AS n"
+    )
+    with store.session() as session, session.cursor() as cursor:
+        empty = claiming.median(lambda: cursor.execute(take))
+        store.execute(
+            "INSERT INTO kombu_pg.scheduled (due_at, message_id, queue_id) "
+            "SELECT now() + interval '1 hour', n, 1 FROM generate_series(1, 200000) AS n"
+        )
+        full = claiming.median(lambda: cursor.execute(take))
+
+    assert full < 3 * empty + 0.002
 
 
 @pytest.mark.parametrize(

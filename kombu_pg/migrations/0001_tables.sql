@@ -125,7 +125,7 @@ CREATE TABLE kombu_pg.message (
 );
 COMMENT ON COLUMN kombu_pg.message.deaths IS 'the x-death header: through which queues'' dead letters it came, the latest first';
 COMMENT ON COLUMN kombu_pg.message.band IS 'the fresh band of ready that its priority means in its queue';
-CREATE INDEX message_expires ON kombu_pg.message (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX message_expires ON kombu_pg.message (expires_at, id) WHERE expires_at IS NOT NULL;
 
 -- bigints first: size fits into what alignment would waste.
 CREATE TABLE kombu_pg.ready (
@@ -146,13 +146,14 @@ CREATE TABLE kombu_pg.scheduled (
     due_at timestamptz NOT NULL,
     message_id bigint NOT NULL,
     queue_id bigint NOT NULL,
-    PRIMARY KEY (due_at, message_id)
+    PRIMARY KEY (queue_id, message_id)
 ) WITH (
     autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000,
     autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 200000,
     autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 100000,
     autovacuum_vacuum_cost_delay = 0, vacuum_truncate = off
 );
+CREATE INDEX scheduled_due ON kombu_pg.scheduled (due_at);
 CREATE INDEX scheduled_queue ON kombu_pg.scheduled (queue_id, due_at);
 
 CREATE TABLE kombu_pg.lease (
@@ -215,7 +216,7 @@ CREATE TABLE kombu_pg.dead_letter (
     body bytea NOT NULL
 );
 CREATE INDEX dead_letter_unheard ON kombu_pg.dead_letter (queue, id) WHERE heard_at IS NULL;
-CREATE INDEX dead_letter_age ON kombu_pg.dead_letter (dead_at);
+CREATE INDEX dead_letter_age ON kombu_pg.dead_letter (heard_at) WHERE heard_at IS NOT NULL;
 
 CREATE VIEW kombu_pg.queue_status AS
 SELECT q.name,

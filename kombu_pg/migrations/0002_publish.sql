@@ -21,10 +21,11 @@ END $$;
 
 -- What changes when the server was restarted, when it recovered from the crash of one of its processes (which keeps the
 -- time of its start, but resets its statistics), or when a standby took over.
+-- (A standby has no epoch: it cannot say where its log ends, and refuses the write that is to follow.)
 CREATE FUNCTION kombu_pg.current_epoch() RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT concat_ws('/', pg_postmaster_start_time(), pg_stat_get_bgwriter_stat_reset_time(),
-                     substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))
+                     CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END)
 $$;
 
 

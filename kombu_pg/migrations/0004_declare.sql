@@ -83,6 +83,14 @@ BEGIN
     END IF;
 END $$;
 
+-- Consumers that are registered count here, alive or not: one that was only cut off comes back to its queues, and who
+-- reaps one that is dead ends its subscriptions.
+CREATE FUNCTION kombu_pg.is_subscribed_to(p_queue bigint) RETURNS boolean
+LANGUAGE sql AS $$
+    SELECT EXISTS (SELECT FROM kombu_pg.subscription s JOIN kombu_pg.consumer c ON c.id = s.consumer_id
+                    WHERE s.queue_id = p_queue)
+$$;
+
 CREATE FUNCTION kombu_pg.live_subscriptions(p_queue bigint, p_heartbeat_timeout double precision) RETURNS integer
 LANGUAGE sql AS $$
     SELECT count(*)::integer
@@ -398,9 +406,8 @@ BEGIN
 END $$;
 
 -- The consumer no longer consumes: p_tag NULL = nothing any more over that connection, p_token NULL = at all.
--- Auto-delete queues go with their last live subscription; for the others x-expires starts to count.
-CREATE FUNCTION kombu_pg.unsubscribe(p_consumer bigint, p_token bigint, p_tag text, p_heartbeat_timeout double precision)
-RETURNS void
+-- Auto-delete queues go with their last subscription; for the others x-expires starts to count.
+CREATE FUNCTION kombu_pg.unsubscribe(p_consumer bigint, p_token bigint, p_tag text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_queue record;
@@ -416,7 +423,7 @@ BEGIN
         DELETE FROM kombu_pg.subscription s
          WHERE s.queue_id = v_queue.id AND s.consumer_id = p_consumer AND (p_token IS NULL OR s.token = p_token)
            AND (p_tag IS NULL OR s.tag = p_tag);
-        IF v_queue.auto_delete AND kombu_pg.live_subscriptions(v_queue.id, p_heartbeat_timeout) = 0 THEN
+        IF v_queue.auto_delete AND NOT kombu_pg.is_subscribed_to(v_queue.id) THEN
             PERFORM kombu_pg.drop_queue(v_queue.id);
         ELSE
             UPDATE kombu_pg.queue q SET used_at = clock_timestamp() WHERE q.id = v_queue.id AND q.expires IS NOT NULL;

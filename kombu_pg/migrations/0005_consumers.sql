@@ -59,15 +59,28 @@ $$;
 -- p_last_token, the last one given out when the consumer looked, that are not in p_tokens): what no live message refers
 -- to (not in p_held) is given back, uncounted; the rest stays leased.
 -- p_reassert: the server may have forgotten claims; what is held and stands in ready is taken out again.
+-- p_end: those connections are not coming back under another token: their subscriptions and exclusive queues end, too.
 -- queues: to wake after the commit, here and below.
 CREATE FUNCTION kombu_pg.reconcile(
-    p_consumer bigint, p_last_token bigint, p_tokens bigint[], p_held bigint[], p_reassert boolean,
+    p_consumer bigint, p_last_token bigint, p_tokens bigint[], p_held bigint[], p_reassert boolean, p_end boolean,
     OUT given_back integer, OUT queues bigint[]
 ) LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     v_back bigint[];
     v_lost bigint[];
+    v_token bigint;
 BEGIN
+    IF p_end THEN
+        FOR v_token IN
+            SELECT s.token FROM kombu_pg.subscription s
+             WHERE s.consumer_id = p_consumer AND s.token <= p_last_token AND NOT s.token = ANY (p_tokens)
+             UNION
+            SELECT q.owner_token FROM kombu_pg.queue q
+             WHERE q.owner_id = p_consumer AND q.owner_token <= p_last_token AND NOT q.owner_token = ANY (p_tokens)
+        LOOP
+            PERFORM kombu_pg.end_connection(p_consumer, v_token);
+        END LOOP;
+    END IF;
     v_back := ARRAY(
         SELECT held.id FROM kombu_pg.lease l CROSS JOIN LATERAL unnest(l.message_ids) AS held (id)
          WHERE l.consumer_id = p_consumer AND l.token <= p_last_token AND NOT l.token = ANY (p_tokens)
@@ -85,14 +98,11 @@ BEGIN
     END IF;
 END $$;
 
--- A connection of the consumer is closed in order (p_token NULL: all of them): its exclusive queues go, its
--- subscriptions end, what it holds is given back, uncounted.
-CREATE FUNCTION kombu_pg.close_connection(p_consumer bigint, p_token bigint, p_heartbeat_timeout double precision)
-RETURNS bigint[]
+-- A connection of the consumer is over (p_token NULL: all of them): its exclusive queues go, its subscriptions end.
+CREATE FUNCTION kombu_pg.end_connection(p_consumer bigint, p_token bigint) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     v_queue bigint;
-    v_held bigint[];
 BEGIN
     FOR v_queue IN
         SELECT q.id FROM kombu_pg.queue q
@@ -100,7 +110,16 @@ BEGIN
     LOOP
         PERFORM kombu_pg.drop_queue(v_queue);
     END LOOP;
-    PERFORM kombu_pg.unsubscribe(p_consumer, p_token, NULL, p_heartbeat_timeout);
+    PERFORM kombu_pg.unsubscribe(p_consumer, p_token, NULL);
+END $$;
+
+-- It is closed in order: what it holds is given back, too, uncounted.
+CREATE FUNCTION kombu_pg.close_connection(p_consumer bigint, p_token bigint) RETURNS bigint[]
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    v_held bigint[];
+BEGIN
+    PERFORM kombu_pg.end_connection(p_consumer, p_token);
     v_held := ARRAY(SELECT held.id FROM kombu_pg.lease l CROSS JOIN LATERAL unnest(l.message_ids) AS held (id)
                      WHERE l.consumer_id = p_consumer AND (p_token IS NULL OR l.token = p_token));
     IF v_held = '{}' THEN
@@ -136,7 +155,7 @@ BEGIN
               AND (v_consumer.heartbeat OR pg_try_advisory_xact_lock(kombu_pg.lock_key('alive', v_consumer.id))) THEN
             DELETE FROM kombu_pg.consumer c WHERE c.id = v_consumer.id AND c.lost_at = v_consumer.lost_at;
             IF FOUND THEN
-                v_queues := v_queues || kombu_pg.abandon(v_consumer.id, p_heartbeat_timeout, p_delivery_limit);
+                v_queues := v_queues || kombu_pg.abandon(v_consumer.id, p_delivery_limit);
             END IF;
         END IF;
     END LOOP;
@@ -145,15 +164,14 @@ BEGIN
         SELECT DISTINCT l.consumer_id FROM kombu_pg.lease l
          WHERE NOT EXISTS (SELECT FROM kombu_pg.consumer c WHERE c.id = l.consumer_id)
     LOOP
-        v_queues := v_queues || kombu_pg.abandon(v_lease.consumer_id, p_heartbeat_timeout, p_delivery_limit);
+        v_queues := v_queues || kombu_pg.abandon(v_lease.consumer_id, p_delivery_limit);
     END LOOP;
     RETURN v_queues;
 END $$;
 
 -- End what a dead consumer left: its exclusive queues, its subscriptions, its leases. What it consumed is to be looked
 -- into, too: it may have been told of a message, or died in a claim whose rows the others skipped.
-CREATE FUNCTION kombu_pg.abandon(p_consumer bigint, p_heartbeat_timeout double precision, p_delivery_limit integer)
-RETURNS bigint[]
+CREATE FUNCTION kombu_pg.abandon(p_consumer bigint, p_delivery_limit integer) RETURNS bigint[]
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     v_held bigint[];
@@ -162,7 +180,7 @@ BEGIN
     v_held := ARRAY(SELECT held.id FROM kombu_pg.lease l CROSS JOIN LATERAL unnest(l.message_ids) AS held (id)
                      WHERE l.consumer_id = p_consumer);
     v_held := kombu_pg.release(p_consumer, v_held);
-    PERFORM kombu_pg.close_connection(p_consumer, NULL, p_heartbeat_timeout);
+    PERFORM kombu_pg.end_connection(p_consumer, NULL);
     RETURN v_queues || kombu_pg.put_back(v_held, true, p_delivery_limit);
 END $$;
 
@@ -193,38 +211,55 @@ BEGIN
     END IF;
 END $$;
 
--- Queues whose x-expires has run out: nobody consumes, got or declared for that long.
-CREATE FUNCTION kombu_pg.expire_queues(p_heartbeat_timeout double precision) RETURNS integer
+-- Queues whose x-expires has run out: nobody consumes, got or declared for that long. As in RabbitMQ, it begins anew when the
+-- server does: nobody could use them while it was away.
+CREATE FUNCTION kombu_pg.expire_queues() RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
+    v_epoch_since timestamptz := (SELECT i.epoch_since FROM kombu_pg.installation i);
     v_queue bigint;
     v_count integer := 0;
 BEGIN
     FOR v_queue IN
         SELECT q.id FROM kombu_pg.queue q
-         WHERE q.expires IS NOT NULL AND q.used_at < clock_timestamp() - make_interval(secs => q.expires / 1000.0)
+         WHERE q.expires IS NOT NULL
+           AND greatest(q.used_at, v_epoch_since) < clock_timestamp() - make_interval(secs => q.expires / 1000.0)
          ORDER BY q.id LIMIT 100 FOR UPDATE SKIP LOCKED
     LOOP
-        IF kombu_pg.live_subscriptions(v_queue, p_heartbeat_timeout) = 0 THEN
+        IF kombu_pg.is_subscribed_to(v_queue) THEN
+            UPDATE kombu_pg.queue q SET used_at = clock_timestamp() WHERE q.id = v_queue;
+        ELSE
             PERFORM kombu_pg.drop_queue(v_queue);
             v_count := v_count + 1;
-        ELSE
-            UPDATE kombu_pg.queue q SET used_at = clock_timestamp() WHERE q.id = v_queue;
         END IF;
     END LOOP;
     RETURN v_count;
 END $$;
 
--- Messages whose time to live is over and that nobody holds; returns the queues to wake after the commit.
-CREATE FUNCTION kombu_pg.expire_messages(p_limit integer) RETURNS bigint[]
-LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
+-- Messages whose time to live is over and that nobody holds, oldest first; expired: how many. p_since: see promote.
+-- Those that are held are passed by, however many they are: they are their consumers' until they come back.
+CREATE FUNCTION kombu_pg.expire_messages(p_since timestamptz, p_limit integer, OUT expired integer, OUT queues bigint[])
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     v_now timestamptz := clock_timestamp();
+    v_seen_at timestamptz := p_since;
+    v_seen bigint := 0;
+    v_ids bigint[];
 BEGIN
-    RETURN kombu_pg.dead_letter(kombu_pg.withdraw(ARRAY(
-        SELECT m.id FROM kombu_pg.message m
-         WHERE m.expires_at IS NOT NULL AND m.expires_at <= v_now
-         ORDER BY m.expires_at LIMIT p_limit)), 'expired', NULL);
+    expired := 0;
+    queues := '{}';
+    LOOP
+        SELECT array_agg(x.id), max(x.expires_at), (array_agg(x.id ORDER BY x.expires_at DESC, x.id DESC))[1]
+          INTO v_ids, v_seen_at, v_seen
+          FROM (SELECT m.expires_at, m.id FROM kombu_pg.message m
+                 WHERE m.expires_at <= v_now AND (m.expires_at, m.id) > (v_seen_at, v_seen)
+                 ORDER BY m.expires_at, m.id LIMIT p_limit) AS x;
+        EXIT WHEN v_ids IS NULL;
+        v_ids := kombu_pg.withdraw(v_ids);
+        queues := queues || kombu_pg.dead_letter(v_ids, 'expired', NULL);
+        expired := expired + cardinality(v_ids);
+        EXIT WHEN expired >= p_limit;
+    END LOOP;
 END $$;
 
 -- What stands in ready or scheduled under a queue that is gone: published while it was being deleted, or too many to
@@ -267,6 +302,7 @@ CREATE FUNCTION kombu_pg.upkeep(
 ) LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
     v_since timestamptz := CASE WHEN p_sweep THEN '-infinity' ELSE clock_timestamp() - interval '1 minute' END;
+    v_expired record;
 BEGIN
     more := false;
     UPDATE kombu_pg.consumer c SET seen_at = clock_timestamp(), lost_at = NULL WHERE c.id = p_consumer AND c.heartbeat;
@@ -274,9 +310,13 @@ BEGIN
         SELECT p_sweep AND p.promoted = 500, p.queues INTO more, queues FROM kombu_pg.promote(v_since, 500) AS p;
         queues := queues || kombu_pg.take_unannounced(10000)
             || kombu_pg.reap(p_consumer, p_grace, p_restart_grace, p_heartbeat_timeout, p_delivery_limit);
+        -- (Rounds are at most five seconds apart. Acked messages leave more behind here than promoted ones do there.)
+        v_expired := kombu_pg.expire_messages(
+            CASE WHEN p_sweep THEN '-infinity' ELSE clock_timestamp() - interval '10 seconds' END, 1000);
+        queues := queues || v_expired.queues;
+        more := more OR v_expired.expired >= 1000;
         IF p_sweep THEN
-            queues := queues || kombu_pg.expire_messages(1000);
-            PERFORM kombu_pg.expire_queues(p_heartbeat_timeout);
+            PERFORM kombu_pg.expire_queues();
             PERFORM kombu_pg.sweep_orphans(10000);
             PERFORM kombu_pg.sweep_chords(100);
             more := kombu_pg.expire_results(2000) >= 2000 OR more;
@@ -303,23 +343,21 @@ END $$;
 -- What makes messages ready commits first, and looks for the idle after that (see wake).
 
 CREATE PROCEDURE kombu_pg.reconcile_and_wake(
-    p_consumer bigint, p_last_token bigint, p_tokens bigint[], p_held bigint[], p_reassert boolean,
+    p_consumer bigint, p_last_token bigint, p_tokens bigint[], p_held bigint[], p_reassert boolean, p_end boolean,
     INOUT given_back integer DEFAULT NULL
 ) LANGUAGE plpgsql AS $$
 DECLARE
     v_queues bigint[];
 BEGIN
     SELECT r.given_back, r.queues INTO given_back, v_queues
-      FROM kombu_pg.reconcile(p_consumer, p_last_token, p_tokens, p_held, p_reassert) AS r;
+      FROM kombu_pg.reconcile(p_consumer, p_last_token, p_tokens, p_held, p_reassert, p_end) AS r;
     COMMIT;
     PERFORM kombu_pg.wake(v_queues);
 END $$;
 
-CREATE PROCEDURE kombu_pg.close_connection_and_wake(
-    p_consumer bigint, p_token bigint, p_heartbeat_timeout double precision
-) LANGUAGE plpgsql AS $$
+CREATE PROCEDURE kombu_pg.close_connection_and_wake(p_consumer bigint, p_token bigint) LANGUAGE plpgsql AS $$
 DECLARE
-    v_queues bigint[] := kombu_pg.close_connection(p_consumer, p_token, p_heartbeat_timeout);
+    v_queues bigint[] := kombu_pg.close_connection(p_consumer, p_token);
 BEGIN
     COMMIT;
     PERFORM set_config('synchronous_commit', 'off', true);
@@ -327,10 +365,9 @@ BEGIN
 END $$;
 
 -- The process ends in order.
-CREATE PROCEDURE kombu_pg.detach(p_consumer bigint, p_heartbeat_timeout double precision)
-LANGUAGE plpgsql AS $$
+CREATE PROCEDURE kombu_pg.detach(p_consumer bigint) LANGUAGE plpgsql AS $$
 DECLARE
-    v_queues bigint[] := kombu_pg.close_connection(p_consumer, NULL, p_heartbeat_timeout);
+    v_queues bigint[] := kombu_pg.close_connection(p_consumer, NULL);
 BEGIN
     DELETE FROM kombu_pg.consumer c WHERE c.id = p_consumer;
     COMMIT;

@@ -107,3 +107,14 @@ def test_a_serialization_failure_is_unavailable_and_the_next_attempt_succeeds(st
 def is_waiting(store):
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s AND wait_event_type = 'Lock'"
     return store.admin.value(waiting, (store.role,))
+
+
+def test_a_consumer_that_comes_upon_a_standby_finds_the_store_unavailable_for_now(site):
+    primary = site.new_server("primary").create_from(site.template).start()
+    url = site.database(primary)
+    Store(url).install()
+    standby = site.new_server("standby").create_standby_of(primary).start()
+    url = url.replace(str(primary.port), str(standby.port))
+
+    with kombu.Connection(Store(url).broker()) as connection, pytest.raises(Unavailable):
+        connection.channel().queue_declare("mine", exclusive=True)
