@@ -455,12 +455,12 @@ class Store:
 
     def declare_queue(self, queue: QueueDefinition, caller: Caller, *, passive: bool) -> Statement[Declared]:
         return Statement(
-            f"SELECT * FROM {self._sql}.declare_queue({_slots(19)})",
+            f"SELECT * FROM {self._sql}.declare_queue({_slots(18)})",
             (
                 queue.name, passive, queue.durable, queue.exclusive, queue.auto_delete, queue.max_priority,
                 queue.message_ttl, queue.expires, queue.max_length, queue.max_length_bytes, queue.overflow,
                 queue.dead_letter_exchange, queue.dead_letter_routing_key, queue.delivery_limit, queue.arguments,
-                *self._caller(caller),
+                *_caller(caller),
             ),
             lambda rows: Declared(rows[0][0], rows[0][1] or 0, rows[0][2] or 0, rows[0][3]),
         )  # fmt: skip
@@ -469,8 +469,8 @@ class Store:
         self, name: str, caller: Caller, *, if_unused: bool, if_empty: bool
     ) -> Statement[tuple[int, str | None]]:
         return Statement(
-            f"SELECT * FROM {self._sql}.delete_queue({_slots(7)})",
-            (name, if_unused, if_empty, *self._caller(caller)),
+            f"SELECT * FROM {self._sql}.delete_queue({_slots(6)})",
+            (name, if_unused, if_empty, *_caller(caller)),
             lambda rows: (rows[0][0], rows[0][1]),
         )
 
@@ -484,9 +484,7 @@ class Store:
         arguments: str,
         caller: Caller,
     ) -> Statement[str | None]:
-        return self._call(
-            "bind_queue", queue, exchange, routing_key, pattern, headers, arguments, *self._caller(caller)
-        )
+        return self._call("bind_queue", queue, exchange, routing_key, pattern, headers, arguments, *_caller(caller))
 
     def bind_exchange(
         self, destination: str, source: str, routing_key: str, pattern: str | None, headers: str, arguments: str
@@ -499,7 +497,7 @@ class Store:
     def unbind_queue(
         self, queue: str, exchange: str, routing_key: str, arguments: str, caller: Caller
     ) -> Statement[str | None]:
-        return self._call("unbind_queue", queue, exchange, routing_key, arguments, *self._caller(caller))
+        return self._call("unbind_queue", queue, exchange, routing_key, arguments, *_caller(caller))
 
     def bindings(self) -> Statement[list[tuple[str, str, str]]]:
         """(exchange, routing key, queue or exchange) of every binding."""
@@ -513,8 +511,8 @@ class Store:
     def use_queue(self, name: str, caller: Caller) -> Statement[tuple[int | None, int, str | None]]:
         """-> (queue id, messages ready, refusal); counts as use of the queue."""
         return Statement(
-            f"SELECT * FROM {self._sql}.use_queue({_slots(5)})",
-            (name, *self._caller(caller)),
+            f"SELECT * FROM {self._sql}.use_queue({_slots(4)})",
+            (name, *_caller(caller)),
             lambda rows: (rows[0][0], rows[0][1] or 0, rows[0][2]),
         )
 
@@ -524,23 +522,21 @@ class Store:
 
     def subscribe(self, queue: str, tag: str, caller: Caller) -> Statement[tuple[int | None, str | None]]:
         return Statement(
-            f"SELECT * FROM {self._sql}.subscribe({_slots(6)})",
-            (queue, tag, *self._caller(caller)),
+            f"SELECT * FROM {self._sql}.subscribe({_slots(5)})",
+            (queue, tag, *_caller(caller)),
             lambda rows: (rows[0][0], rows[0][1]),
         )
 
     def unsubscribe(self, consumer_id: int, token: int, tag: str) -> Statement[None]:
         return self._call("unsubscribe", consumer_id, token, tag)
 
-    def _caller(self, caller: Caller) -> tuple[Any, ...]:
-        return (caller.consumer_id, caller.token, _array(caller.live_tokens), self._options.heartbeat_timeout)
-
     # Consumers
 
     def attach(self, consumer_id: int | None, hostname: str, pid: int, *, heartbeat: bool) -> Statement[Attached]:
+        o = self._options
         return Statement(
-            f"SELECT * FROM {self._sql}.attach(%s, %s, %s, %s)",
-            (consumer_id, hostname, pid, heartbeat),
+            f"SELECT * FROM {self._sql}.attach({_slots(6)})",
+            (consumer_id, hostname, pid, heartbeat, o.reconnect_grace, o.heartbeat_timeout),
             lambda rows: Attached(*rows[0]),
         )
 
@@ -587,8 +583,8 @@ class Store:
     def upkeep(self, consumer_id: int, *, sweep: bool) -> Statement[Upkeep]:
         o = self._options
         return Statement(
-            f"CALL {self._sql}.upkeep_and_wake({_slots(6)})",
-            (consumer_id, o.reconnect_grace, o.restart_grace, o.heartbeat_timeout, o.delivery_limit, sweep),
+            f"CALL {self._sql}.upkeep_and_wake({_slots(4)})",
+            (consumer_id, o.restart_grace, o.delivery_limit, sweep),
             lambda rows: Upkeep(*rows[0]),
         )
 
@@ -630,6 +626,10 @@ def commit(*, durable: bool) -> Statement[None]:
 
 def rollback() -> Statement[None]:
     return Statement("ROLLBACK", None, _nothing)
+
+
+def _caller(caller: Caller) -> tuple[Any, ...]:
+    return (caller.consumer_id, caller.token, _array(caller.live_tokens))
 
 
 def _slots(count: int) -> str:

@@ -694,8 +694,8 @@ def test_a_server_that_was_away_for_longer_than_x_expires_keeps_the_queue(pg):
 def test_a_queue_outlives_a_consumer_that_was_only_cut_off(pg, argument):
     queue = pg.queue(**argument)
     pg.query(
-        "INSERT INTO kombu_pg.consumer (hostname, pid, heartbeat, epoch, seen_at) "
-        "VALUES ('cut off', 1, true, '', now() - interval '1 day') RETURNING id"
+        "INSERT INTO kombu_pg.consumer (hostname, pid, heartbeat, epoch, grace, heartbeat_timeout, seen_at) "
+        "VALUES ('cut off', 1, true, '', 1, 1, now() - interval '1 day') RETURNING id"
     )
     pg.query(
         "INSERT INTO kombu_pg.subscription (consumer_id, token, tag, queue_id) SELECT c.id, 1, 'its', q.id "

@@ -188,8 +188,9 @@ def test_status_says_which_process_holds_how_much_and_for_how_long(store, broker
 def test_a_dead_process_is_shown_as_lost_and_does_not_count_as_a_consumer(store, broker, queue):
     publish(broker, "held")
     store.execute(
-        "WITH dead AS (INSERT INTO kombu_pg.consumer (hostname, pid, backend_pid, heartbeat, epoch, lost_at)"
-        "  VALUES ('morgue', 4711, 1, false, '', clock_timestamp() - interval '2 s') RETURNING id),"
+        "WITH dead AS (INSERT INTO kombu_pg.consumer (hostname, pid, backend_pid, heartbeat, epoch, lost_at,"
+        "   grace, heartbeat_timeout)"
+        "  VALUES ('morgue', 4711, 1, false, '', clock_timestamp() - interval '2 s', 3, 30) RETURNING id),"
         " held AS (INSERT INTO kombu_pg.lease (consumer_id, token, message_ids)"
         "  SELECT d.id, 1, array_agg(r.message_id) FROM dead d, kombu_pg.ready r GROUP BY d.id)"
         " INSERT INTO kombu_pg.subscription (consumer_id, token, tag, queue_id)"

@@ -180,3 +180,16 @@ def test_a_consumer_with_a_session_of_its_own_beside_the_pooler_is_a_full_consum
         publish(pooled.broker(), "told")
 
         assert consumer.until(1, 2) == ["told"]
+
+
+def test_a_consumer_whose_heart_may_pause_for_longer_than_the_reapers_lives_on(store):
+    store.execute(
+        "INSERT INTO kombu_pg.consumer (hostname, pid, heartbeat, epoch, grace, heartbeat_timeout, seen_at)"
+        " SELECT name, 1, true, kombu_pg.current_epoch(), 0, timeout, now() - interval '1 minute'"
+        " FROM (VALUES ('patient', 180), ('dead', 30)) AS c (name, timeout)"
+    )
+
+    for _ in range(2):
+        store.execute("SELECT kombu_pg.reap(0, 0, 20)")
+
+    assert store.execute("SELECT hostname FROM kombu_pg.consumer") == [("patient",)]

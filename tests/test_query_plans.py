@@ -137,7 +137,7 @@ def plans_of_the_hot_statements(store, claiming):
             "publish again": PUBLISH.format(exchange="''", due="NULL", age="0.1"),
             "promote": "CALL kombu_pg.promote_and_wake(10)",
             "next due": "SELECT kombu_pg.next_due()",
-            "upkeep": f"CALL kombu_pg.upkeep_and_wake({claiming.consumer}, 3, 30, 30, 20, true)",
+            "upkeep": f"CALL kombu_pg.upkeep_and_wake({claiming.consumer}, 30, 20, true)",
         }
         for name, statement in statements.items():
             cursor.execute(statement)

@@ -261,8 +261,8 @@ def test_what_a_claim_that_died_had_locked_wakes_another(store, queue):
     """The others skipped its rows, and nobody will publish again."""
     broker = store.broker(reconnect_grace=2)
     dead = store.value(
-        "INSERT INTO kombu_pg.consumer (hostname, pid, heartbeat, epoch) "
-        "VALUES ('gone', 1, false, kombu_pg.current_epoch()) RETURNING id"
+        "INSERT INTO kombu_pg.consumer (hostname, pid, heartbeat, epoch, grace, heartbeat_timeout) "
+        "VALUES ('gone', 1, false, kombu_pg.current_epoch(), 2, 30) RETURNING id"
     )
     store.execute(f"INSERT INTO kombu_pg.subscription SELECT {dead}, 1, 'tag', id FROM kombu_pg.queue")
     publish(broker, "skipped")

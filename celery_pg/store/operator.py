@@ -113,7 +113,6 @@ class Inspection:
 
     def __init__(self, options: Options) -> None:
         self._sql = options.schema
-        self._heartbeat_timeout = options.heartbeat_timeout
 
     def server(self) -> Statement[Server]:
         return Statement(
@@ -125,15 +124,15 @@ class Inspection:
 
     def queues(self) -> Statement[Sequence[QueueStatus]]:
         return Statement(
-            f"SELECT * FROM {self._sql}.inspect_queues(%s, %s)",
-            (CAP, self._heartbeat_timeout),
+            f"SELECT * FROM {self._sql}.inspect_queues(%s)",
+            (CAP,),
             lambda rows: [QueueStatus(*row) for row in rows],
         )
 
     def consumers(self) -> Statement[Sequence[ConsumerStatus]]:
         return Statement(
-            f"SELECT * FROM {self._sql}.inspect_consumers(%s, %s, %s)",
-            (CAP, LONGEST_HELD, self._heartbeat_timeout),
+            f"SELECT * FROM {self._sql}.inspect_consumers(%s, %s)",
+            (CAP, LONGEST_HELD),
             _read_consumers,
         )
 

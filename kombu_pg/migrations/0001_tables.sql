@@ -179,10 +179,13 @@ CREATE TABLE kombu_pg.consumer (
     backend_pid integer,
     backend_start timestamptz,
     epoch text NOT NULL,
+    grace double precision NOT NULL,
+    heartbeat_timeout double precision NOT NULL,
     attached_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     seen_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     lost_at timestamptz
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+COMMENT ON COLUMN kombu_pg.consumer.grace IS 'seconds that it has to come back; it says so itself, as it does how long its heart may pause';
 COMMENT ON COLUMN kombu_pg.consumer.heartbeat IS 'true: alive while seen_at moves (behind a pooler); false: alive while its lock is held';
 
 CREATE TABLE kombu_pg.subscription (

@@ -8,11 +8,11 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT hashtextextended('kombu_pg.' |
 
 -- True while the consumer's session holds its lock, or its heart beats. On that session itself the lock can always be
 -- had: whoever asks there is alive.
-CREATE FUNCTION kombu_pg.is_alive(c kombu_pg.consumer, heartbeat_timeout double precision) RETURNS boolean
+CREATE FUNCTION kombu_pg.is_alive(c kombu_pg.consumer) RETURNS boolean
 LANGUAGE plpgsql AS $$
 BEGIN
     IF c.heartbeat THEN
-        RETURN c.seen_at > clock_timestamp() - make_interval(secs => heartbeat_timeout);
+        RETURN c.seen_at > clock_timestamp() - make_interval(secs => c.heartbeat_timeout);
     END IF;
     RETURN c.backend_pid = pg_backend_pid()
            AND c.backend_start = (SELECT a.backend_start FROM pg_stat_get_activity(pg_backend_pid()) a)

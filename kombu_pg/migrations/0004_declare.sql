@@ -91,11 +91,11 @@ LANGUAGE sql AS $$
                     WHERE s.queue_id = p_queue)
 $$;
 
-CREATE FUNCTION kombu_pg.live_subscriptions(p_queue bigint, p_heartbeat_timeout double precision) RETURNS integer
+CREATE FUNCTION kombu_pg.live_subscriptions(p_queue bigint) RETURNS integer
 LANGUAGE sql AS $$
     SELECT count(*)::integer
       FROM kombu_pg.subscription s JOIN kombu_pg.consumer c ON c.id = s.consumer_id
-     WHERE s.queue_id = p_queue AND kombu_pg.is_alive(c, p_heartbeat_timeout)
+     WHERE s.queue_id = p_queue AND kombu_pg.is_alive(c)
 $$;
 
 -- Remove the queue with everything that waits in it (beyond 10,000 messages the sweep does the rest).
@@ -139,7 +139,7 @@ END $$;
 -- one left behind is dropped, as it would have been at once on a broker that sees connections die.
 -- p_live_tokens: the connections that the asking process has open.
 CREATE FUNCTION kombu_pg.find_queue(
-    p_name text, p_consumer bigint, p_token bigint, p_live_tokens bigint[], p_heartbeat_timeout double precision,
+    p_name text, p_consumer bigint, p_token bigint, p_live_tokens bigint[],
     OUT queue kombu_pg.queue, OUT refusal text
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -152,7 +152,7 @@ BEGIN
         IF queue.owner_id = p_consumer THEN
             v_alive := queue.owner_token = ANY (p_live_tokens);
         ELSE
-            SELECT kombu_pg.is_alive(c, p_heartbeat_timeout) INTO v_alive FROM kombu_pg.consumer c WHERE c.id = queue.owner_id;
+            SELECT kombu_pg.is_alive(c) INTO v_alive FROM kombu_pg.consumer c WHERE c.id = queue.owner_id;
         END IF;
         IF v_alive THEN
             refusal := 'locked';
@@ -181,7 +181,7 @@ CREATE FUNCTION kombu_pg.declare_queue(
     p_name text, p_passive boolean, p_durable boolean, p_exclusive boolean, p_auto_delete boolean,
     p_max_priority integer, p_message_ttl bigint, p_expires bigint, p_max_length bigint, p_max_length_bytes bigint,
     p_overflow text, p_dead_letter_exchange text, p_dead_letter_routing_key text, p_delivery_limit integer, p_arguments text,
-    p_consumer bigint, p_token bigint, p_live_tokens bigint[], p_heartbeat_timeout double precision,
+    p_consumer bigint, p_token bigint, p_live_tokens bigint[],
     OUT queue_id bigint, OUT message_count bigint, OUT consumer_count integer, OUT refusal text
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -190,7 +190,7 @@ DECLARE
     v_new boolean := false;
 BEGIN
     LOOP
-        v_found := kombu_pg.find_queue(p_name, p_consumer, p_token, p_live_tokens, p_heartbeat_timeout);
+        v_found := kombu_pg.find_queue(p_name, p_consumer, p_token, p_live_tokens);
         v_queue := v_found.queue;
         refusal := v_found.refusal;
         EXIT WHEN refusal <> 'not found' OR (refusal IS NULL AND kombu_pg.touch(v_queue));
@@ -240,19 +240,19 @@ BEGIN
     SELECT count(*) INTO message_count FROM (
         SELECT FROM kombu_pg.ready r WHERE r.queue_id = v_queue.id
          LIMIT CASE WHEN p_passive THEN NULL ELSE 10000 END) AS counted;
-    consumer_count := kombu_pg.live_subscriptions(v_queue.id, p_heartbeat_timeout);
+    consumer_count := kombu_pg.live_subscriptions(v_queue.id);
 END $$;
 
 -- What basic.get and queue.purge begin with; counts as use.
 CREATE FUNCTION kombu_pg.use_queue(
-    p_name text, p_consumer bigint, p_token bigint, p_live_tokens bigint[], p_heartbeat_timeout double precision,
+    p_name text, p_consumer bigint, p_token bigint, p_live_tokens bigint[],
     OUT queue_id bigint, OUT message_count bigint, OUT refusal text
 ) LANGUAGE plpgsql AS $$
 DECLARE
     v_found record;
     v_queue kombu_pg.queue;
 BEGIN
-    v_found := kombu_pg.find_queue(p_name, p_consumer, p_token, p_live_tokens, p_heartbeat_timeout);
+    v_found := kombu_pg.find_queue(p_name, p_consumer, p_token, p_live_tokens);
     v_queue := v_found.queue;
     refusal := v_found.refusal;
     IF refusal IS NULL AND NOT kombu_pg.touch(v_queue) THEN
@@ -267,7 +267,7 @@ END $$;
 
 CREATE FUNCTION kombu_pg.delete_queue(
     p_name text, p_if_unused boolean, p_if_empty boolean,
-    p_consumer bigint, p_token bigint, p_live_tokens bigint[], p_heartbeat_timeout double precision,
+    p_consumer bigint, p_token bigint, p_live_tokens bigint[],
     OUT message_count bigint, OUT refusal text
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -276,7 +276,7 @@ DECLARE
 BEGIN
     message_count := 0;
     PERFORM FROM kombu_pg.queue q WHERE q.name = p_name FOR UPDATE;
-    v_found := kombu_pg.find_queue(p_name, p_consumer, p_token, p_live_tokens, p_heartbeat_timeout);
+    v_found := kombu_pg.find_queue(p_name, p_consumer, p_token, p_live_tokens);
     v_queue := v_found.queue;
     refusal := v_found.refusal;
     IF refusal = 'not found' THEN
@@ -287,7 +287,7 @@ BEGIN
     END IF;
     SELECT (SELECT count(*) FROM kombu_pg.ready r WHERE r.queue_id = v_queue.id)
          + (SELECT count(*) FROM kombu_pg.scheduled s WHERE s.queue_id = v_queue.id) INTO message_count;
-    IF p_if_unused AND kombu_pg.live_subscriptions(v_queue.id, p_heartbeat_timeout) > 0 THEN
+    IF p_if_unused AND kombu_pg.live_subscriptions(v_queue.id) > 0 THEN
         refusal := 'in use';
     ELSIF p_if_empty AND message_count > 0 THEN
         refusal := 'not empty';
@@ -321,14 +321,14 @@ END $$;
 
 CREATE FUNCTION kombu_pg.bind_queue(
     p_queue text, p_exchange text, p_routing_key text, p_pattern text, p_headers jsonb, p_arguments text,
-    p_consumer bigint, p_token bigint, p_live_tokens bigint[], p_heartbeat_timeout double precision
+    p_consumer bigint, p_token bigint, p_live_tokens bigint[]
 ) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     v_found record;
     v_queue kombu_pg.queue;
 BEGIN
-    v_found := kombu_pg.find_queue(p_queue, p_consumer, p_token, p_live_tokens, p_heartbeat_timeout);
+    v_found := kombu_pg.find_queue(p_queue, p_consumer, p_token, p_live_tokens);
     IF v_found.refusal IS NOT NULL THEN
         RETURN v_found.refusal;
     END IF;
@@ -368,14 +368,14 @@ END $$;
 
 CREATE FUNCTION kombu_pg.unbind_queue(
     p_queue text, p_exchange text, p_routing_key text, p_arguments text,
-    p_consumer bigint, p_token bigint, p_live_tokens bigint[], p_heartbeat_timeout double precision
+    p_consumer bigint, p_token bigint, p_live_tokens bigint[]
 ) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     v_found record;
     v_queue kombu_pg.queue;
 BEGIN
-    v_found := kombu_pg.find_queue(p_queue, p_consumer, p_token, p_live_tokens, p_heartbeat_timeout);
+    v_found := kombu_pg.find_queue(p_queue, p_consumer, p_token, p_live_tokens);
     v_queue := v_found.queue;
     DELETE FROM kombu_pg.binding b
      WHERE b.exchange = p_exchange AND b.routing_key = p_routing_key AND b.arguments = p_arguments
@@ -387,7 +387,7 @@ BEGIN
 END $$;
 
 CREATE FUNCTION kombu_pg.subscribe(
-    p_queue text, p_tag text, p_consumer bigint, p_token bigint, p_live_tokens bigint[], p_heartbeat_timeout double precision,
+    p_queue text, p_tag text, p_consumer bigint, p_token bigint, p_live_tokens bigint[],
     OUT queue_id bigint, OUT refusal text
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -395,7 +395,7 @@ DECLARE
     v_queue kombu_pg.queue;
 BEGIN
     PERFORM FROM kombu_pg.queue q WHERE q.name = p_queue FOR SHARE;
-    v_found := kombu_pg.find_queue(p_queue, p_consumer, p_token, p_live_tokens, p_heartbeat_timeout);
+    v_found := kombu_pg.find_queue(p_queue, p_consumer, p_token, p_live_tokens);
     v_queue := v_found.queue;
     refusal := v_found.refusal;
     IF refusal IS NULL THEN

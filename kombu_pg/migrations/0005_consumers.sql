@@ -5,6 +5,7 @@
 -- outstanding: consumers that have not come back since the server started; epoch_age: seconds since the first one did.
 CREATE FUNCTION kombu_pg.attach(
     p_consumer bigint, p_hostname text, p_pid integer, p_heartbeat boolean,
+    p_grace double precision, p_heartbeat_timeout double precision,
     OUT consumer_id bigint, OUT epoch text, OUT outstanding integer, OUT epoch_age double precision
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -22,9 +23,9 @@ BEGIN
         IF NOT p_heartbeat THEN
             PERFORM pg_advisory_lock(kombu_pg.lock_key('alive', consumer_id));
         END IF;
-        INSERT INTO kombu_pg.consumer (id, hostname, pid, heartbeat, backend_pid, backend_start, epoch)
+        INSERT INTO kombu_pg.consumer (id, hostname, pid, heartbeat, backend_pid, backend_start, epoch, grace, heartbeat_timeout)
         OVERRIDING SYSTEM VALUE
-        VALUES (consumer_id, p_hostname, p_pid, p_heartbeat, pg_backend_pid(), v_start, epoch);
+        VALUES (consumer_id, p_hostname, p_pid, p_heartbeat, pg_backend_pid(), v_start, epoch, p_grace, p_heartbeat_timeout);
     ELSE
         v_key := kombu_pg.lock_key('alive', p_consumer);
         IF NOT p_heartbeat AND NOT pg_try_advisory_lock(v_key) THEN
@@ -128,11 +129,10 @@ BEGIN
     RETURN kombu_pg.put_back(kombu_pg.release(p_consumer, v_held), false, NULL);
 END $$;
 
--- Take over from consumers that are gone: seen without their lock (or heartbeat) twice, at least p_grace seconds apart.
+-- Take over from consumers that are gone: seen without their lock (or heartbeat) twice, at least its grace apart.
 -- What they held is returned, counted. After a restart of the server everybody has p_restart_grace to come back.
 CREATE FUNCTION kombu_pg.reap(
-    p_self bigint, p_grace double precision, p_restart_grace double precision, p_heartbeat_timeout double precision,
-    p_delivery_limit integer
+    p_self bigint, p_restart_grace double precision, p_delivery_limit integer
 ) RETURNS bigint[]
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
 DECLARE
@@ -141,13 +141,13 @@ DECLARE
     v_queues bigint[] := '{}';
 BEGIN
     FOR v_consumer IN SELECT c.* FROM kombu_pg.consumer c WHERE c.id <> p_self ORDER BY c.id LOOP
-        IF kombu_pg.is_alive(v_consumer, p_heartbeat_timeout) THEN
+        IF kombu_pg.is_alive(v_consumer) THEN
             IF v_consumer.lost_at IS NOT NULL AND NOT v_consumer.heartbeat THEN
                 UPDATE kombu_pg.consumer c SET lost_at = NULL WHERE c.id = v_consumer.id;
             END IF;
         ELSIF v_consumer.lost_at IS NULL THEN
             UPDATE kombu_pg.consumer c SET lost_at = clock_timestamp() WHERE c.id = v_consumer.id;
-        ELSIF v_consumer.lost_at < clock_timestamp() - make_interval(secs => p_grace)
+        ELSIF v_consumer.lost_at < clock_timestamp() - make_interval(secs => v_consumer.grace)
               AND (v_consumer.epoch = kombu_pg.current_epoch() OR EXISTS (
                     SELECT FROM kombu_pg.installation i
                      WHERE i.epoch_since < clock_timestamp() - make_interval(secs => p_restart_grace)))
@@ -295,8 +295,7 @@ END $$;
 -- known false: this consumer has been reaped. more: the sweep came upon more than it does at a time.
 -- next_reap: seconds until the grace of the next consumer is over.
 CREATE FUNCTION kombu_pg.upkeep(
-    p_consumer bigint, p_grace double precision, p_restart_grace double precision, p_heartbeat_timeout double precision,
-    p_delivery_limit integer, p_sweep boolean,
+    p_consumer bigint, p_restart_grace double precision, p_delivery_limit integer, p_sweep boolean,
     OUT consumers integer, OUT rank integer, OUT known boolean, OUT more boolean, OUT next_reap double precision,
     OUT queues bigint[]
 ) LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
@@ -309,7 +308,7 @@ BEGIN
     IF pg_try_advisory_xact_lock(kombu_pg.lock_key('upkeep', 0)) THEN
         SELECT p_sweep AND p.promoted = 500, p.queues INTO more, queues FROM kombu_pg.promote(v_since, 500) AS p;
         queues := queues || kombu_pg.take_unannounced(10000)
-            || kombu_pg.reap(p_consumer, p_grace, p_restart_grace, p_heartbeat_timeout, p_delivery_limit);
+            || kombu_pg.reap(p_consumer, p_restart_grace, p_delivery_limit);
         -- (Rounds are at most five seconds apart. Acked messages leave more behind here than promoted ones do there.)
         v_expired := kombu_pg.expire_messages(
             CASE WHEN p_sweep THEN '-infinity' ELSE clock_timestamp() - interval '10 seconds' END, 1000);
@@ -325,7 +324,7 @@ BEGIN
     SELECT count(*), count(*) FILTER (WHERE c.id < p_consumer), coalesce(bool_or(c.id = p_consumer), false)
       INTO consumers, rank, known
       FROM kombu_pg.consumer c WHERE c.lost_at IS NULL OR c.id = p_consumer;
-    next_reap := (SELECT extract(epoch FROM min(c.lost_at) - clock_timestamp()) + p_grace FROM kombu_pg.consumer c);
+    next_reap := (SELECT min(extract(epoch FROM c.lost_at - clock_timestamp()) + c.grace) FROM kombu_pg.consumer c);
 END $$;
 
 -- Seconds until the next eta, NULL if none is stored. Asked after the promotion has committed: see wake_clock.
@@ -387,8 +386,7 @@ BEGIN
 END $$;
 
 CREATE PROCEDURE kombu_pg.upkeep_and_wake(
-    p_consumer bigint, p_grace double precision, p_restart_grace double precision, p_heartbeat_timeout double precision,
-    p_delivery_limit integer, p_sweep boolean,
+    p_consumer bigint, p_restart_grace double precision, p_delivery_limit integer, p_sweep boolean,
     INOUT consumers integer DEFAULT NULL, INOUT rank integer DEFAULT NULL, INOUT known boolean DEFAULT NULL,
     INOUT more boolean DEFAULT NULL, INOUT next_reap double precision DEFAULT NULL
 ) LANGUAGE plpgsql AS $$
@@ -397,7 +395,7 @@ DECLARE
 BEGIN
     SELECT u.consumers, u.rank, u.known, u.more, u.next_reap, u.queues
       INTO consumers, rank, known, more, next_reap, v_queues
-      FROM kombu_pg.upkeep(p_consumer, p_grace, p_restart_grace, p_heartbeat_timeout, p_delivery_limit, p_sweep) AS u;
+      FROM kombu_pg.upkeep(p_consumer, p_restart_grace, p_delivery_limit, p_sweep) AS u;
     COMMIT;
     PERFORM kombu_pg.wake(v_queues);
 END $$;

@@ -24,7 +24,7 @@ END $$;
 -- One row per queue, and one (id NULL) per name whose queue is gone but whose dead letters are not.
 -- unacked_more: only the oldest p_cap claimed messages were looked at. oldest_age: seconds since the publish of the
 -- oldest message that could be claimed. next_due: seconds until the earliest eta.
-CREATE FUNCTION kombu_pg.inspect_queues(p_cap integer, p_heartbeat_timeout double precision)
+CREATE FUNCTION kombu_pg.inspect_queues(p_cap integer)
 RETURNS TABLE (
     id bigint, name text, ready integer, unacked integer, unacked_more boolean, scheduled integer, dead integer,
     oldest_age double precision, next_due double precision, consumers integer, paused boolean,
@@ -40,7 +40,7 @@ BEGIN
         ), unacked AS MATERIALIZED (
             SELECT h.queue_id, count(*)::integer AS n FROM held h WHERE h.queue_id IS NOT NULL GROUP BY h.queue_id
         ), alive AS MATERIALIZED (
-            SELECT c.id FROM kombu_pg.consumer c WHERE kombu_pg.is_alive(c, p_heartbeat_timeout)
+            SELECT c.id FROM kombu_pg.consumer c WHERE kombu_pg.is_alive(c)
         ), listening AS MATERIALIZED (
             SELECT s.queue_id, count(*)::integer AS n
               FROM kombu_pg.subscription s WHERE s.consumer_id IN (SELECT a.id FROM alive a) GROUP BY s.queue_id
@@ -88,7 +88,7 @@ END $$;
 
 -- One row per consuming process: what it consumes, how much it holds and for how long, and the longest held of that.
 -- Seconds; lost_for NULL: not seen without its lock. held_more: as unacked_more.
-CREATE FUNCTION kombu_pg.inspect_consumers(p_cap integer, p_longest integer, p_heartbeat_timeout double precision)
+CREATE FUNCTION kombu_pg.inspect_consumers(p_cap integer, p_longest integer)
 RETURNS TABLE (
     id bigint, hostname text, pid integer, alive boolean, heartbeat boolean,
     attached_for double precision, lost_for double precision, queues text[],
@@ -110,7 +110,7 @@ BEGIN
                    array_agg(h.held_for ORDER BY h.claimed_at, h.message_id) AS ages
               FROM held h WHERE h.message_id IS NOT NULL GROUP BY h.consumer_id
         )
-        SELECT c.id, c.hostname, c.pid, coalesce(kombu_pg.is_alive(c, p_heartbeat_timeout), false), c.heartbeat,
+        SELECT c.id, c.hostname, c.pid, coalesce(kombu_pg.is_alive(c), false), c.heartbeat,
                extract(epoch FROM clock_timestamp() - c.attached_at)::double precision,
                extract(epoch FROM clock_timestamp() - c.lost_at)::double precision,
                ARRAY(SELECT DISTINCT q.name
