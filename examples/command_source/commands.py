@@ -5,6 +5,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+#: What the fields of a command are, in JSON, too.
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("command_id", "execution_id", "step", "tool_kind"), str),
+    **dict.fromkeys(("input", "render_context"), Mapping),
+    "attempts": int,
+}
+
 
 @dataclass(frozen=True)
 class Command:
@@ -16,6 +23,11 @@ class Command:
     render_context: Mapping[str, Any] = field(default_factory=dict)
     attempts: int = 0
 
+    def __post_init__(self) -> None:
+        for name, kind in KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, not a {kind.__name__}")
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -26,10 +38,9 @@ class Command:
         Raises:
             ValueError: it is not JSON, or not a command.
         """
-        fields = json.loads(text)
         try:
-            return cls(**fields)
-        except TypeError as exc:
+            return cls(**json.loads(text))
+        except (TypeError, RecursionError) as exc:
             raise ValueError(f"not a command: {exc}") from exc
 
 

@@ -1,24 +1,29 @@
-"""Which worker has a command? One row says so."""
+"""Which worker has a command? One row says so.
+
+A message has one holder at a time. So whoever is handed the message by which a command was claimed may take it over:
+its former holder has died, or given it back. Another message with the same command is a duplicate.
+"""
 
 import psycopg2
 
-from examples.command_source.commands import AlreadyClaimed, Claimed, Command, RetryLater
+from examples.command_source.commands import AlreadyClaimed, Claimed, Command, Failed, Outcome, RetryLater
 
 TABLE = """
-CREATE TABLE IF NOT EXISTS command_claim (
+CREATE TABLE IF NOT EXISTS claimed_command (
     command_id text PRIMARY KEY,
+    message_id text NOT NULL,
     worker text NOT NULL,
-    attempts integer NOT NULL,
+    finished boolean NOT NULL DEFAULT false,
     claimed_at timestamptz NOT NULL DEFAULT clock_timestamp()
 )"""
 
-# A message that came back has a higher count than the claim of whoever had it before, and died or gave it back.
 CLAIM = """
-INSERT INTO command_claim AS held (command_id, worker, attempts) VALUES (%s, %s, %s)
-ON CONFLICT (command_id) DO UPDATE
-   SET worker = excluded.worker, attempts = excluded.attempts, claimed_at = clock_timestamp()
- WHERE held.attempts < excluded.attempts
+INSERT INTO claimed_command AS held (command_id, message_id, worker) VALUES (%s, %s, %s)
+ON CONFLICT (command_id) DO UPDATE SET worker = excluded.worker, claimed_at = excluded.claimed_at
+ WHERE held.message_id = excluded.message_id AND NOT held.finished
 RETURNING worker"""
+
+FINISH = "UPDATE claimed_command SET finished = true WHERE command_id = %s"
 
 
 class Control:
@@ -31,12 +36,22 @@ class Control:
     def install(self) -> None:
         self._run(TABLE)
 
-    def claim(self, command: Command) -> Claimed | AlreadyClaimed | RetryLater:
+    def claim(self, command: Command, message_id: str) -> Outcome:
         try:
-            won = self._run(CLAIM, (command.command_id, self._worker, command.attempts))
-        except psycopg2.OperationalError as exc:
-            return RetryLater(f"the control table cannot be reached: {exc}".strip())
+            won = self._run(CLAIM, (command.command_id, message_id, self._worker))
+        except (ValueError, psycopg2.DataError) as exc:
+            return Failed(f"the control table cannot hold it: {exc}".strip())
+        except psycopg2.Error as exc:
+            return RetryLater(f"the control table cannot be asked: {exc}".strip())
         return Claimed(command) if won else AlreadyClaimed()
+
+    def finish(self, command: Command) -> None:
+        """From now on nobody claims it, whatever becomes of its message.
+
+        Raises:
+            psycopg2.Error: nobody knows.
+        """
+        self._run(FINISH, (command.command_id,))
 
     def _run(self, statement: str, parameters: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
         connection = psycopg2.connect(self._dsn)

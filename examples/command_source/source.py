@@ -5,15 +5,17 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import kombu
+from kombu.utils.uuid import uuid
 
-from examples.command_source.commands import AlreadyClaimed, Claimed, Command, Failed, Outcome, RetryLater
-from kombu_pg.message import Message
+from examples.command_source.commands import Claimed, Command, Failed, Outcome
 
 QUEUE = kombu.Queue("commands", durable=True)
 
 
 class Control(Protocol):
-    def claim(self, command: Command) -> Claimed | AlreadyClaimed | RetryLater: ...
+    def claim(self, command: Command, message_id: str) -> Outcome: ...
+
+    def finish(self, command: Command) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +23,7 @@ class Handle:
     """A message that is not settled yet: as long as this object is alive, the message is this worker's."""
 
     outcome: Outcome
-    message: Message
+    message: kombu.Message
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,14 @@ class CommandSource:
         return Pulled(outcome, Handle(outcome, message))
 
     def ack(self, handle: Handle) -> None:
-        """The message is gone: before the command runs, or after it.
+        """The message is gone, and nobody claims the command again: before it runs, or after it.
 
         Raises:
             kombu.exceptions.MessageStateError: the handle was settled before.
+            Exception: of the control table; the handle is not settled.
         """
+        if isinstance(handle.outcome, Claimed) and not handle.message.acknowledged:
+            self._control.finish(handle.outcome.command)  # first: an ack that the server forgets must not run it again
         handle.message.ack()
 
     def nack(self, handle: Handle) -> None:
@@ -75,15 +80,24 @@ class CommandSource:
         else:
             handle.message.requeue(delay=self._retry_delay)
 
-    def _claim(self, message: Message) -> Outcome:
+    def _claim(self, message: kombu.Message) -> Outcome:
         try:
             command = Command.from_json(message.body)
         except ValueError as exc:
             return Failed(str(exc))
-        return self._control.claim(replace(command, attempts=message.returns))
+        message_id = message.properties.get("message_id")
+        if not isinstance(message_id, str):
+            return Failed("the message has no message_id: nobody could tell its return from a duplicate")
+        return self._control.claim(replace(command, attempts=message.returns), message_id)
 
 
 def publish(connection: kombu.Connection, command: Command) -> None:
-    """The command is in the queue, durably."""
+    """The command is in the queue, durably, in a message with an id of its own."""
     producer = kombu.Producer(connection.channel())
-    producer.publish(command.to_json(), routing_key=QUEUE.name, declare=[QUEUE], content_type="application/json")
+    producer.publish(
+        command.to_json(),
+        routing_key=QUEUE.name,
+        declare=[QUEUE],
+        content_type="application/json",
+        message_id=uuid(),
+    )

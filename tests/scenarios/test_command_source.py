@@ -1,5 +1,6 @@
 """A worker that pulls, and is no Celery worker: does examples/command_source do what it says?"""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -36,12 +37,24 @@ def source(scenario_store, connection, diagnostics):
     return CommandSource(connection, control, lambda what, why: diagnostics.append((what, why)), retry_delay=0)
 
 
+@contextlib.contextmanager
+def another(store):
+    """The source of another worker, which stops when the block ends."""
+    with kombu.Connection(store.broker()) as connection:
+        yield CommandSource(connection, Control(store.url, "w2"), print, retry_delay=0)
+
+
+def replaced(**fields):
+    """COMMAND as JSON, with other fields."""
+    return json.dumps({**json.loads(COMMAND.to_json()), **fields})
+
+
 def pulled(source):
     return eventually(source.next)
 
 
 def publish_text(connection, text):
-    kombu.Producer(connection.channel()).publish(text, routing_key=QUEUE.name, declare=[QUEUE])
+    kombu.Producer(connection.channel()).publish(text, routing_key=QUEUE.name, declare=[QUEUE], message_id="one")
 
 
 def stored(store):
@@ -73,7 +86,7 @@ def test_next_is_none_when_the_source_is_exhausted(source, connection):
 
 
 def test_what_another_worker_has_claimed_is_acknowledged_without_running(source, connection, scenario_store):
-    Control(scenario_store.url, "w2").claim(COMMAND)
+    Control(scenario_store.url, "w2").claim(COMMAND, "another message")
     publish(connection, COMMAND)
     ran = []
 
@@ -91,9 +104,53 @@ def test_a_command_that_was_published_twice_runs_once(source, connection):
 
 
 def test_the_claim_is_one_row_and_one_of_two_workers_has_it(source, scenario_store):
-    assert Control(scenario_store.url, "w2").claim(COMMAND) == Claimed(COMMAND)
-    assert Control(scenario_store.url, "w3").claim(COMMAND) == AlreadyClaimed()
-    assert scenario_store.execute("SELECT worker FROM command_claim") == [("w2",)]
+    assert Control(scenario_store.url, "w2").claim(COMMAND, "one") == Claimed(COMMAND)
+    assert Control(scenario_store.url, "w3").claim(COMMAND, "two") == AlreadyClaimed()
+    assert scenario_store.execute("SELECT worker FROM claimed_command") == [("w2",)]
+
+
+def test_a_command_of_a_worker_that_stopped_before_it_ran_is_claimed_by_another_one(source, connection, scenario_store):
+    publish(connection, COMMAND)
+    with another(scenario_store) as stopping:
+        assert stopping.next().outcome == Claimed(COMMAND)
+
+    assert pulled(source).outcome == Claimed(COMMAND)
+
+
+def test_a_duplicate_of_a_finished_command_does_not_run_when_its_own_holder_dies(source, connection, scenario_store):
+    publish(connection, COMMAND)
+    source.ack(source.next().handle)
+    publish(connection, COMMAND)
+    with another(scenario_store) as stopping:
+        stopping.nack(stopping.next().handle)
+
+    pull = pulled(source)
+
+    assert pull.handle.message.returns == 1
+    assert pull.outcome == AlreadyClaimed()
+
+
+def test_a_finished_command_does_not_run_again_when_its_ack_was_forgotten(source, connection, scenario_store):
+    publish(connection, COMMAND)
+    with another(scenario_store) as stopping:
+        Control(scenario_store.url, "w2").finish(stopping.next().outcome.command)
+
+    assert pulled(source).outcome == AlreadyClaimed()
+
+
+def test_a_command_that_raises_comes_back_with_a_higher_attempt(source, connection, caplog):
+    publish(connection, COMMAND)
+    seen = []
+
+    def run(command):
+        seen.append(command.attempts)
+        if command.attempts < 2:
+            raise ValueError("not yet")
+
+    eventually(lambda: work(source, run))
+
+    assert seen == [0, 1, 2]
+    assert "command c1 failed at attempt 1" in caplog.text
 
 
 def test_retry_later_comes_back_with_a_higher_attempt(connection, source):
@@ -119,7 +176,19 @@ def test_retry_later_comes_back_after_its_delay(connection, scenario_store):
     assert scenario_store.value("SELECT due_at > now() + interval '55 minutes' FROM kombu_pg.scheduled")
 
 
-@pytest.mark.parametrize("text", ['{"not": "a command"}', "[1]", "not json"])
+NO_COMMANDS = {
+    "another object": '{"not": "a command"}',
+    "no object": "[1]",
+    "not json": "not json",
+    "too deep": "[" * 100_000,
+    "an id of another type": replaced(command_id={"id": 1}),
+    "an input of another type": replaced(input="text"),
+    "an id with a nul": replaced(command_id="a\0b"),
+    "an id that is no text": replaced(command_id="\ud800"),
+}
+
+
+@pytest.mark.parametrize("text", NO_COMMANDS.values(), ids=NO_COMMANDS)
 def test_what_is_no_command_is_failed_and_goes_to_the_dead_letters_with_its_reason(
     text, source, connection, scenario_store, diagnostics
 ):
@@ -131,6 +200,14 @@ def test_what_is_no_command_is_failed_and_goes_to_the_dead_letters_with_its_reas
 
     assert scenario_store.execute("SELECT detail FROM kombu_pg.dead_letter") == [(pull.outcome.reason,)]
     assert diagnostics == [("command failed", pull.outcome.reason)]
+
+
+def test_a_message_without_an_id_is_failed(source, connection):
+    kombu.Producer(connection.channel()).publish(COMMAND.to_json(), routing_key=QUEUE.name)
+
+    assert source.next().outcome == Failed(
+        "the message has no message_id: nobody could tell its return from a duplicate"
+    )
 
 
 @pytest.mark.parametrize("first", ["ack", "nack"])
