@@ -2,12 +2,12 @@
 
 import json
 import sys
-import urllib.error
 import urllib.request
 from typing import Any
 
 from examples.executor_rpc.app import CALLBACKS, EXTRACTIONS, FLAG, app, events
-from examples.executor_rpc.web import make_web, serving
+from examples.executor_rpc.web import make_web
+from examples.http import post, serving
 from examples.running import worker
 
 PACKAGE = "examples.executor_rpc"
@@ -23,24 +23,13 @@ def main() -> int:
         if "--serve" in sys.argv:
             input(f"{url} (Enter ends it)\n")
             return 0
-        print("wait:", *post(url, mode="wait", document="to be or not to be", timeout=60))
-        status, told = post(url, mode="async", document="that is the question")
+        print("wait:", *post(f"{url}/prompts", mode="wait", document="to be or not to be", timeout=60))
+        status, told = post(f"{url}/prompts", mode="async", document="that is the question")
         print("async:", status, sorted(told))
         for document in ("whether 'tis nobler in the mind", " "):
-            status, told = post(url, mode="callback", document=document)
+            status, told = post(f"{url}/prompts", mode="callback", document=document)
             print("callback:", status, *listen(f"{url}/prompts/{told['prompt_id']}/events"))
     return 0
-
-
-def post(url: str, **asked: Any) -> tuple[int, dict[str, Any]]:
-    """Ask for a prompt. -> status, what was answered."""
-    request = urllib.request.Request(f"{url}/prompts", json.dumps(asked).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
 
 
 def listen(url: str, timeout: float = 60.0) -> tuple[str, dict[str, Any]]:

@@ -4,10 +4,7 @@
 what the callback worker says.
 """
 
-import contextlib
-import threading
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 from celery import Celery
@@ -16,7 +13,6 @@ from flask import Flask, Response, request
 from kombu.exceptions import OperationalError
 from kombu.utils.json import dumps
 from werkzeug.exceptions import HTTPException
-from werkzeug.serving import make_server
 
 from examples.executor_rpc.dispatch import Dispatcher
 from examples.executor_rpc.events import Events
@@ -83,17 +79,3 @@ def make_web(app: Celery, events: Events) -> Flask:
 
 def _answer(status: int, told: dict[str, Any]) -> Response:
     return Response(dumps(told), status, mimetype="application/json")
-
-
-@contextlib.contextmanager
-def serving(web: Flask) -> Iterator[str]:
-    """The URL of a server with a thread for each request, until the block ends."""
-    server = make_server("127.0.0.1", 0, web, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -1,37 +1,32 @@
 """How is examples/executor_rpc deployed for a test: database, flag, workers, and what they noted?"""
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import kombu
 from acceptance.workers import hang_up
-from conftest import execute
 from kombu.utils.json import loads
 from scenarios.executor_app import NOTES, PREFIX
-from scenarios.running import TOP
-from watching import Store, eventually
+from scenarios.running import PYTHONPATH, TOP, database
+from watching import eventually
 
 from examples.executor_rpc.app import CALLBACKS, EXTRACT, EXTRACTIONS, make_app
 from examples.executor_rpc.dispatch import Dispatcher
 from examples.executor_rpc.events import Events
-from kombu_pg.url import Url
 
 PATIENCE = 60.0
 #: Where no RabbitMQ is.
 DEAD = "amqp://guest:guest@127.0.0.1:9//"
-_numbers = itertools.count(1)
 
 
 class Place:
     """A database, a flag, and the workers of one module: what a deployment of the example is."""
 
-    def __init__(self, url, directory, rabbitmq=DEAD, prefix=""):
-        self.store = Store(url)
+    def __init__(self, store, directory, rabbitmq=DEAD, prefix=""):
+        self.store = store
         self.url = self.store.broker(poll_interval=1, reconnect_grace=0.5, restart_grace=1, delivery_limit=2)
         self.rabbitmq = rabbitmq
         self.prefix = prefix
@@ -63,7 +58,7 @@ class Place:
             "CELERY_BROKER_READ_URL": reads or self.url,
             NOTES: self.store.url,
             "ATOMIC_SERVER": self.store.url,
-            "PYTHONPATH": os.pathsep.join([str(TOP), str(TOP / "tests")]),
+            "PYTHONPATH": PYTHONPATH,
             "PYTHONWARNINGS": "ignore",
             **({PREFIX: self.prefix} if self.prefix else {}),
         }
@@ -166,13 +161,9 @@ class Worker:
 
 @contextlib.contextmanager
 def placed(server_url, worker_id, directory, **given):
-    name = f"executor_{os.getpid()}_{worker_id}_{next(_numbers)}"
-    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-    try:
-        place = Place(str(replace(Url.cut(server_url), path=f"/{name}")), directory, **given)
+    with database(server_url, worker_id) as store:
+        place = Place(store, directory, **given)
         try:
             yield place
         finally:
             place.stop()
-    finally:
-        execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")

@@ -1,9 +1,7 @@
 """A web backend, an executor, callbacks: does examples/executor_rpc do what it says?"""
 
 import contextlib
-import json
 import re
-import urllib.request
 import uuid
 
 import kombu
@@ -19,10 +17,11 @@ from test_gate import recorder
 from watching import eventually
 
 from celery_pg.dead_letters import DeadLettered
-from examples.executor_rpc.__main__ import listen, post
+from examples.executor_rpc.__main__ import listen
 from examples.executor_rpc.app import CALLBACKS, COMPLETE, ERROR, EXTRACT, EXTRACTIONS
 from examples.executor_rpc.dispatch import Dispatcher
-from examples.executor_rpc.web import make_web, serving
+from examples.executor_rpc.web import make_web
+from examples.http import get, post, serving
 
 MODES = ("wait", "async", "callback")
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -67,24 +66,21 @@ def test_an_asynchronous_dispatch_is_found_by_its_id(place):
 
 @every_mode
 def test_the_web_backend_dispatches_in_each_of_the_three_ways(mode, web):
-    status, told = post(web, mode=mode, document="z")
+    status, told = post(f"{web}/prompts", mode=mode, document="z")
 
     assert status == (200 if mode == "wait" else 202)
     if mode == "wait":
         assert told == {"result": "z"}
     elif mode == "async":
-        eventually(lambda: answer(web, told["task_id"]) == {"state": "SUCCESS", "result": "z"}, PATIENCE)
+        eventually(
+            lambda: get(f"{web}/results/{told['task_id']}") == (200, {"state": "SUCCESS", "result": "z"}), PATIENCE
+        )
     else:
         assert listen(f"{web}/prompts/{told['prompt_id']}/events") == ("complete", {"result": "z"})
 
 
-def answer(web, task_id):
-    with urllib.request.urlopen(f"{web}/results/{task_id}") as answered:
-        return json.load(answered)
-
-
 def test_the_browser_gets_the_errbacks_event_with_the_real_exception(web):
-    _, told = post(web, mode="callback", document={"do": "raise", "args": ["no such word"]})
+    _, told = post(f"{web}/prompts", mode="callback", document={"do": "raise", "args": ["no such word"]})
 
     assert listen(f"{web}/prompts/{told['prompt_id']}/events") == (
         "error",
@@ -93,7 +89,7 @@ def test_the_browser_gets_the_errbacks_event_with_the_real_exception(web):
 
 
 def test_what_the_web_backend_waits_for_and_fails_is_an_error_of_its_own(web):
-    status, told = post(web, mode="wait", document={"do": "raise", "args": ["no such word"]})
+    status, told = post(f"{web}/prompts", mode="wait", document={"do": "raise", "args": ["no such word"]})
 
     assert (status, told) == (500, {"error": "LookupError", "text": "no such word"})
 
@@ -123,7 +119,7 @@ def test_a_task_without_a_name_raises_where_it_is_called(place):
 @every_mode
 def test_a_publish_that_fails_raises_and_the_web_backend_promises_nothing(mode, place, web):
     with place.flagged("off"):
-        status, told = post(web, mode=mode, document="x")
+        status, told = post(f"{web}/prompts", mode=mode, document="x")
         with pytest.raises(OperationalError):
             place.dispatcher.dispatch_async("nobody_takes_it", {})
 
@@ -198,7 +194,7 @@ def test_a_failure_that_is_returned_is_a_success(web):
 
 def returned_failure_is_a_success(web):
     failure = {"status": "failure", "error": "the model had no idea"}
-    _, told = post(web, mode="callback", document=failure)
+    _, told = post(f"{web}/prompts", mode="callback", document=failure)
 
     assert listen(f"{web}/prompts/{told['prompt_id']}/events") == ("complete", {"result": failure})
 
@@ -332,7 +328,7 @@ def test_the_flag_decides_for_each_call_and_callbacks_follow_their_call(mode, by
 
     with both.flagged(flag):
         if by == "web":
-            _, told = post(both_web, mode=mode, document=document)
+            _, told = post(f"{both_web}/prompts", mode=mode, document=document)
         else:
             told = repeated_by_a_worker(both, mode, document)
         if mode == "async":
@@ -354,7 +350,7 @@ def test_callbacks_follow_their_call_although_the_flag_has_changed(
 ):
     with both.flagged(before):
         document = {"do": "until", "flag": after, "then": then, "args": ["no such word"]}
-        _, told = post(both_web, mode="callback", document=document)
+        _, told = post(f"{both_web}/prompts", mode="callback", document=document)
         both.note("run", task=EXTRACT, id=told["task_id"])
         both.flag.write_text(after)
         listen(f"{both_web}/prompts/{told['prompt_id']}/events")
