@@ -7,7 +7,6 @@ a server of yours.
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -56,15 +55,3 @@ def eventually(condition: Callable[[], T], what: str, within: float = 60.0) -> T
             raise TimeoutError(f"not within {within:g} s: {what}")
         time.sleep(0.05)
     return value
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def listening(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        return True
-    return False

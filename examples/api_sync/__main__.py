@@ -1,43 +1,47 @@
 """What does it look like? A worker, beat, and an HTTP server that triggers a run."""
 
 import sys
-import urllib.request
 from contextlib import AbstractContextManager
 from subprocess import Popen
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import sqlalchemy
 
-from examples.api_sync.app import engine
-from examples.api_sync.runs import run
-from examples.running import eventually, free_port, listening, process, worker
-
-APP = "examples.api_sync.app"
+from examples.api_sync.app import app, engine
+from examples.api_sync.runs import API, Runs, run
+from examples.api_sync.web import make_web
+from examples.http import post, serving
+from examples.running import eventually, worker
 
 
 def main() -> int:
-    port = free_port()
-    web = process("flask", "--app", "examples.api_sync.web", "run", "--port", str(port))
-    with TemporaryDirectory() as directory, beat_in(directory), web:
-        eventually(lambda: listening(port), "the HTTP server is up")
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/policies/countries/run", method="POST")
-        with urllib.request.urlopen(request) as answer:
-            print(f"POST /policies/countries/run: {answer.status}")
-        last = eventually(completed, "the run is completed")
-    print(f"a run of {last.policy} by {last.source}: {last.state}, {last.chunks} chunk")
+    Runs(engine(), app).install()
+    before = last_run()
+    with TemporaryDirectory() as directory, beat_in(directory), serving(make_web(app)) as url:
+        status, _ = post(f"{url}/policies/countries/run")
+        print(f"POST /policies/countries/run: {status}")
+        asked = eventually(lambda: ended_after(before), "the run has ended")
+    print(f"run {asked.id} of {asked.policy} by {asked.source}: {asked.state}, {asked.chunks} chunk")
     return 0
 
 
 def beat_in(directory: str) -> "AbstractContextManager[Popen[bytes]]":
     """A worker with beat, which keeps its schedule in a file."""
-    return worker(APP, "--beat", "--schedule", f"{directory}/schedule", "--concurrency", "1")
+    return worker("examples.api_sync.app", "--beat", "--schedule", f"{directory}/schedule", "--concurrency", "1")
 
 
-def completed() -> sqlalchemy.Row | None:
-    if not sqlalchemy.inspect(engine()).has_table(run.name):
-        return None
+def last_run() -> int:
+    """Its id; 0 before the first one."""
     with engine().connect() as connection:
-        return connection.execute(run.select().where(run.c.state == "COMPLETED").order_by(run.c.id.desc())).first()
+        return connection.scalar(sqlalchemy.select(sqlalchemy.func.max(run.c.id))) or 0
+
+
+def ended_after(before: int) -> Any:
+    """The run that was asked for over HTTP, once it has ended: the database keeps those of earlier days."""
+    asked = (run.c.id > before) & (run.c.source == API) & run.c.ended_at.is_not(None)
+    with engine().connect() as connection:
+        return connection.execute(run.select().where(asked)).first()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import sqlalchemy
-from celery import Celery
+from celery import Celery, signals
 
 from examples.api_sync.backends import Backend, Entity, Metadata
 from examples.api_sync.errors import IngestUnavailable
@@ -15,13 +15,14 @@ from examples.running import store_url
 from kombu_pg import libpq_url
 
 URL = store_url("api_sync")
+RUN_POLICY = "run_policy"
 
 app = Celery("api_sync", broker=URL)
 app.conf.update(
     broker_connection_retry_on_startup=True,
     task_acks_late=True,
     task_ignore_result=True,
-    beat_schedule={"countries": {"task": "run_policy", "schedule": 60.0, "args": ("countries", SCHEDULE)}},
+    beat_schedule={"countries": {"task": RUN_POLICY, "schedule": 60.0, "args": ("countries", SCHEDULE)}},
 )
 
 
@@ -37,20 +38,30 @@ class Countries(Backend):
             yield {"country": number}
 
 
+BACKENDS: dict[str, type[Backend]] = {"countries": Countries}
+
+
 @cache
 def engine() -> sqlalchemy.Engine:
-    # Not whatever driver is SQLAlchemy's default: psycopg2 is installed with celery-pg.
-    return sqlalchemy.create_engine(sqlalchemy.make_url(libpq_url(URL)).set(drivername="postgresql+psycopg2"))
+    # Not whatever driver is SQLAlchemy's default: psycopg2 is installed with celery-pg. No pool: the worker forks.
+    url = sqlalchemy.make_url(libpq_url(URL)).set(drivername="postgresql+psycopg2")
+    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
 
 
 @cache
 def runner() -> Runner:
     runs = Runs(engine(), app)
     runs.install()
-    return Runner({"countries": Countries}, runs, client_for=lambda metadata: f"a client for {metadata.app_name}")
+    return Runner(BACKENDS, runs, client_for=lambda metadata: f"a client for {metadata.app_name}")
 
 
-@app.task(name="run_policy", autoretry_for=(IngestUnavailable,), retry_backoff=True, max_retries=5)
+@signals.celeryd_after_setup.connect
+def prepare(**_: Any) -> None:
+    """One runner for all processes of the worker's pool: an old backend is told of once."""
+    runner()
+
+
+@app.task(name=RUN_POLICY, autoretry_for=(IngestUnavailable,), retry_backoff=True, max_retries=5)
 def run_policy(policy: str, source: str) -> None:
     runner().run(policy, source)
 

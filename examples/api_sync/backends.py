@@ -52,10 +52,13 @@ class Backend:
 
 def metadata_of(backend: type[Backend]) -> Metadata:
     """What the backend says of itself; an old one is asked through a throwaway instance."""
-    if not _is_old(backend):
-        return backend.describe()
-    logger.warning("backend %s still describes itself by setup(): ask its author for describe()", backend.__name__)
-    return backend().setup()
+    return backend().setup() if _is_old(backend) else backend.describe()
+
+
+def tell_operator(backend: type[Backend]) -> None:
+    """One line, where the backend is an old one."""
+    if _is_old(backend):
+        logger.warning("backend %s still describes itself by setup(): ask its author for describe()", backend.__name__)
 
 
 def _is_old(backend: type[Backend]) -> bool:

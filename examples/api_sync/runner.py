@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from examples.api_sync.backends import Backend, Metadata, metadata_of
+from examples.api_sync.backends import Backend, Metadata, metadata_of, tell_operator
 from examples.api_sync.runs import Runs
 
 
@@ -15,6 +15,8 @@ class Runner:
         self._backends = backends
         self._runs = runs
         self._client_for = client_for
+        for backend in backends.values():
+            tell_operator(backend)
 
     def run(self, policy: str, source: str, **kwargs: Any) -> int:
         """One run of the policy, from its metadata to its end; returns the run's id.

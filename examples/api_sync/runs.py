@@ -58,8 +58,9 @@ class Runs:
             with as_ingest_errors():
                 self._complete(run_id, policy, produce)
         except Exception as exc:
-            self._fail(run_id, exc)
-            raise
+            if self._fail(run_id, exc):
+                raise
+            # It is COMPLETED: only the server's answer to the commit was lost.
         return run_id
 
     def callback(self, policy: str) -> Callable[..., None]:
@@ -86,13 +87,16 @@ class Runs:
                 count += 1
             self._end(connection, run_id, "COMPLETED", chunks=count)
 
-    def _fail(self, run_id: int, exc: Exception) -> None:
+    def _fail(self, run_id: int, exc: Exception) -> bool:
+        """False if it has ended already."""
         with as_ingest_errors(), self._engine.begin() as connection:
-            self._end(connection, run_id, "FAILED", error=f"{type(exc).__name__}: {exc}")
+            return self._end(connection, run_id, "FAILED", error=f"{type(exc).__name__}: {exc}")
 
-    def _end(self, connection: sqlalchemy.Connection, run_id: int, state: str, **values: Any) -> None:
-        ended = run.update().where(run.c.id == run_id).values(state=state, ended_at=func.clock_timestamp(), **values)
-        connection.execute(ended)
+    def _end(self, connection: sqlalchemy.Connection, run_id: int, state: str, **values: Any) -> bool:
+        """A run ends once: this waits for a commit that is still under way. False if it has ended already."""
+        running = run.update().where(run.c.id == run_id, run.c.state == "RUNNING")
+        ended = running.values(state=state, ended_at=func.clock_timestamp(), **values)
+        return connection.execute(ended).rowcount == 1
 
 
 def chunks(entities: Iterable[Entity]) -> Iterator[list[Entity]]:

@@ -1,10 +1,10 @@
 """Integrations that ship on a schedule and on demand: does examples/api_sync do what it says?"""
 
 import contextlib
+import itertools
 import json
 import logging
-import urllib.error
-import urllib.request
+import re
 import warnings
 from typing import ClassVar
 
@@ -12,14 +12,19 @@ import kombu
 import pytest
 import sqlalchemy
 from celery import Celery
-from scenarios.running import run_example
+from scenarios.running import PYTHONPATH, database, run_example
+from watching import eventually
 
+import kombu_pg
 from examples.api_sync import app as example
+from examples.api_sync.app import RUN_POLICY
 from examples.api_sync.backends import Backend, Metadata, metadata_of
 from examples.api_sync.errors import IngestError, IngestRejected, IngestUnavailable
 from examples.api_sync.runner import Runner
 from examples.api_sync.runs import API, CHUNK_BYTES, RECEIVE, SCHEDULE, Runs, chunks
-from examples.running import eventually, free_port, listening, process
+from examples.api_sync.web import make_web
+from examples.http import post, serving
+from examples.running import worker
 from kombu_pg import libpq_url
 
 DEAD = "pg://nobody@127.0.0.1:1/nowhere"
@@ -48,11 +53,14 @@ def broker(scenario_store):
     return scenario_store.broker()
 
 
+def using(broker):
+    return contextlib.closing(Celery("api_sync", broker=broker, set_as_current=False))
+
+
 @pytest.fixture
 def app(broker):
-    app = Celery("api_sync", broker=broker, set_as_current=False)
-    yield app
-    app.close()
+    with using(broker) as app:
+        yield app
 
 
 @pytest.fixture
@@ -86,6 +94,9 @@ def old_backend():
         def setup(self):
             return Metadata("old", "app", "1.0")
 
+        def run(self, policy, **_):
+            return [{"found": policy}]
+
     return Old
 
 
@@ -115,21 +126,26 @@ def test_setup_is_marked_as_deprecated_for_type_checkers():
     assert Backend.setup.__deprecated__ == "say it by the classmethod describe()"
 
 
-def test_an_old_backend_is_one_line_in_the_operators_log(caplog):
+def test_an_old_backend_runs_and_is_one_line_in_the_operators_log_however_often_it_does(runs, recorded, caplog):
     with pytest.warns(DeprecationWarning, match="Old has setup"):
         old = old_backend()
+    clients = []
     with caplog.at_level(logging.WARNING, "examples.api_sync"):
-        metadata_of(old)
+        runner = Runner({"old": old}, runs, client_for=clients.append)
+        for _ in range(2):
+            runner.run("old", SCHEDULE)
 
-    (record,) = caplog.records
+    assert recorded() == [("COMPLETED", SCHEDULE, None)] * 2
+    assert clients == [Metadata("old", "app", "1.0")] * 2
+    (record,) = (record for record in caplog.records if record.name.startswith("examples"))
     assert "Old still describes itself by setup()" in record.getMessage()
 
 
-def test_a_backend_that_describes_itself_is_warned_of_nowhere(caplog):
+def test_a_backend_that_describes_itself_is_warned_of_nowhere(runs, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        metadata_of(Described)
-    assert caplog.records == []
+        Runner({"described": Described}, runs, client_for=str).run("described", SCHEDULE)
+    assert [record for record in caplog.records if record.name.startswith("examples")] == []
 
 
 # How it is made and run
@@ -243,6 +259,30 @@ def test_a_store_that_is_away_is_unavailable(app):
         runs.ingest("policy", SCHEDULE, list)
 
 
+def test_a_broker_that_is_away_is_unavailable(engine, recorded, runs):
+    with using(DEAD) as app, pytest.raises(IngestUnavailable) as raised:
+        Runs(engine, app).ingest("policy", SCHEDULE, lambda: [{"a": 1}])
+
+    assert isinstance(raised.value.__cause__, kombu_pg.Unavailable)
+    assert [state for state, _, _ in recorded()] == ["FAILED"]
+
+
+def test_a_run_whose_commit_was_done_and_not_answered_is_completed(runs, engine, scenario_store, recorded, shipped):
+    commits = itertools.count(1)
+
+    @sqlalchemy.event.listens_for(engine, "commit")
+    def lose_the_answer(connection):
+        if next(commits) == 2:  # the first one says RUNNING
+            connection.connection.driver_connection.commit()
+            session = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+            scenario_store.execute("SELECT pg_terminate_backend(%s, 5000)", (session,))
+
+    runs.ingest("policy", SCHEDULE, lambda: [{"a": 1}])
+
+    assert recorded() == [("COMPLETED", SCHEDULE, None)]
+    assert shipped() == 1
+
+
 # The callback
 
 
@@ -276,47 +316,61 @@ def test_the_schedule_is_a_plain_celery_beat():
     }
 
 
-def test_a_transient_error_is_retried_and_a_permanent_one_is_not():
-    assert example.run_policy.autoretry_for == (IngestUnavailable,)
-    assert not issubclass(IngestRejected, IngestUnavailable)
+@pytest.fixture(scope="module")
+def working(server_url, worker_id, tmp_path_factory):
+    """The database of a worker with beat, whose schedule is a second."""
+    with database(server_url, worker_id) as store:
+        schedule = str(tmp_path_factory.mktemp("beat") / "schedule")
+        environment = {"EXAMPLE_STORE": store.broker(), "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore"}
+        with worker("scenarios.api_sync_app", "-c", "2", "--beat", "--schedule", schedule, **environment):
+            eventually(lambda: store.value("SELECT to_regclass('api_sync_run') IS NOT NULL"), 30)
+            yield store
 
 
-@pytest.fixture
-def http():
-    """`http(store)` is the address of the HTTP server, on that store."""
-    with contextlib.ExitStack() as servers:
-
-        def serve(store):
-            port = free_port()
-            command = ("flask", "--app", "examples.api_sync.web", "run", "--port", str(port))
-            servers.enter_context(process(*command, EXAMPLE_STORE=store))
-            eventually(lambda: listening(port), "the HTTP server is up")
-            return f"http://127.0.0.1:{port}"
-
-        yield serve
+def of_policy(store, policy):
+    return store.execute("SELECT state, source FROM api_sync_run WHERE policy = %s ORDER BY id", (policy,))
 
 
-def post(url):
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="POST")) as answer:
-            return answer.status
-    except urllib.error.HTTPError as exc:
-        with exc:
-            return exc.code
+def test_beat_and_a_worker_run_what_is_scheduled(working):
+    assert eventually(lambda: ("COMPLETED", SCHEDULE) in of_policy(working, "countries"), 30)
 
 
-def test_an_http_request_for_a_policy_that_is_not_there_is_a_404(http, broker):
-    assert post(f"{http(broker)}/policies/nowhere/run") == 404
+def asked(store, policy):
+    """A run was asked for, and its task has ended."""
+    with using(store.broker()) as app:
+        task = app.send_task(RUN_POLICY, (policy, API)).id
+    eventually(lambda: not store.value("SELECT count(*) FROM kombu_pg.message WHERE task_id = %s", (task,)), 30)
+    return of_policy(store, policy)
 
 
-def test_an_http_request_whose_task_cannot_be_published_is_no_202(http):
-    assert post(f"{http(DEAD)}/policies/countries/run") == 500
+def test_a_transient_error_is_retried(working):
+    assert asked(working, "away") == [("FAILED", API), ("COMPLETED", API)]
 
 
-def test_the_example_runs_when_it_is_asked_over_http(scenario_store):
+def test_a_permanent_error_is_not_retried(working):
+    assert asked(working, "refused") == [("FAILED", API)]
+
+
+def test_an_http_request_for_a_policy_that_is_not_there_is_a_404(app):
+    with serving(make_web(app)) as url:
+        assert post(f"{url}/policies/nowhere/run")[0] == 404
+
+
+def test_an_http_request_whose_task_cannot_be_published_is_no_202():
+    with (
+        contextlib.closing(Celery("api_sync", broker=DEAD, set_as_current=False)) as app,
+        serving(make_web(app)) as url,
+    ):
+        assert post(f"{url}/policies/countries/run")[0] == 503
+
+
+def test_the_example_runs_when_it_is_asked_over_http_and_shows_that_run(runs, scenario_store):
+    earlier = runs.ingest("earlier", API, lambda: [{"a": 1}])
+
     ran = run_example("api_sync", scenario_store)
 
     first, last = ran.stdout.strip().splitlines()[-2:]
     assert first == "POST /policies/countries/run: 202"
-    assert last.endswith("COMPLETED, 1 chunk")
+    assert re.fullmatch(r"run \d+ of countries by api: COMPLETED, 1 chunk", last)
+    assert int(last.split()[1]) > earlier
     assert scenario_store.value("SELECT count(*) FROM api_sync_run WHERE state <> 'COMPLETED'") == 0
