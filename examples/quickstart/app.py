@@ -1,14 +1,12 @@
-"""An ordinary Celery app whose broker is PostgreSQL."""
-
-import os
-import tempfile
-from pathlib import Path
+"""An ordinary Celery app whose broker and result store are PostgreSQL."""
 
 from celery import Celery
 
-DIRECTORY = Path(os.environ.get("QUICKSTART_DIRECTORY", Path(tempfile.gettempdir()) / "celery-pg-quickstart"))
+from examples.running import store_url
 
-app = Celery("app", broker=os.environ.get("QUICKSTART_BROKER", f"pg+embedded://{DIRECTORY / 'postgres'}"))
+URL = store_url("quickstart")  # yours: pg://user:secret@host/database
+
+app = Celery("quickstart", broker=URL, backend=URL)
 app.conf.broker_connection_retry_on_startup = True
 
 
@@ -18,7 +16,5 @@ def add(x: int, y: int) -> int:
 
 
 @app.task
-def report(result: int, label: str) -> None:
-    """Write a line that `run.py` waits for."""
-    with (DIRECTORY / "reports").open("a") as reports:
-        reports.write(f"{label}: {result}\n")
+def report(result: int, label: str) -> str:
+    return f"{label}: {result}"

@@ -1,0 +1,1 @@
+"""What does an ordinary Celery app on PostgreSQL look like?"""
