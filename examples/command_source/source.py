@@ -9,7 +9,9 @@ from kombu.utils.uuid import uuid
 
 from examples.command_source.commands import Claimed, Command, Failed, Outcome
 
-QUEUE = kombu.Queue("commands", durable=True)
+#: A command that came back so often is Failed. The store's own limit would drop it without a word.
+MOST_RETURNS = 20
+QUEUE = kombu.Queue("commands", durable=True, queue_arguments={"x-delivery-limit": 2 * MOST_RETURNS})
 
 
 class Control(Protocol):
@@ -42,7 +44,7 @@ class CommandSource:
         emit: Callable[[str, str], None],
         retry_delay: float = 5.0,
     ) -> None:
-        """`emit(what, reason)` sends a diagnostic; `retry_delay` in seconds."""
+        """`emit(what, reason)` sends a diagnostic; `retry_delay` in seconds, doubled at each return up to the tenth."""
         self._queue = QUEUE(connection.channel())
         self._queue.declare()
         self._control = control
@@ -78,13 +80,15 @@ class CommandSource:
             handle.message.dead_letter(handle.outcome.reason)
             self._emit("command failed", handle.outcome.reason)
         else:
-            handle.message.requeue(delay=self._retry_delay)
+            handle.message.requeue(delay=self._retry_delay * 2 ** min(handle.message.returns, 10))
 
     def _claim(self, message: kombu.Message) -> Outcome:
         try:
             command = Command.from_json(message.body)
         except ValueError as exc:
             return Failed(str(exc))
+        if message.returns >= MOST_RETURNS:
+            return Failed(f"it came back {message.returns} times")
         message_id = message.properties.get("message_id")
         if not isinstance(message_id, str):
             return Failed("the message has no message_id: nobody could tell its return from a duplicate")

@@ -202,6 +202,18 @@ def test_what_is_no_command_is_failed_and_goes_to_the_dead_letters_with_its_reas
     assert diagnostics == [("command failed", pull.outcome.reason)]
 
 
+def test_a_command_that_came_back_too_often_is_failed_and_not_lost(source, connection, scenario_store):
+    publish(connection, COMMAND)
+    source.nack(source.next().handle)
+    scenario_store.execute("UPDATE kombu_pg.message SET returns = 20")
+    pull = pulled(source)
+
+    source.nack(pull.handle)
+
+    assert pull.outcome == Failed("it came back 20 times")
+    assert scenario_store.execute("SELECT detail FROM kombu_pg.dead_letter") == [(pull.outcome.reason,)]
+
+
 def test_a_message_without_an_id_is_failed(source, connection):
     kombu.Producer(connection.channel()).publish(COMMAND.to_json(), routing_key=QUEUE.name)
 
