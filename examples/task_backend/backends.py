@@ -8,6 +8,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+#: Seconds that a task has for its cancellation.
+CANCEL_SECONDS = 1.0
+
 Task = dict[str, Any]
 Executor = Callable[[Task], Awaitable[None]]
 
@@ -88,4 +91,4 @@ class AsyncFireAndTrackBackend(TaskBackend):
             running.cancel()
         if left:
             logger.warning("%s tasks were still running after %g s and are cancelled", len(left), self._timeout)
-            await asyncio.wait(left)
+            await asyncio.wait(left, timeout=CANCEL_SECONDS)
