@@ -49,7 +49,7 @@ SENT_LIMIT = 10_000
 RECONNECT_PAUSE = 0.25
 #: The sender of results that nobody is known to have asked for.
 ANYBODY = ""
-#: Seconds between two looks at results that have a callback (`then`), but that nobody waits for.
+#: Seconds at most until the first look at a result that was given a callback (`then`) while somebody waited.
 CALLBACKS_INTERVAL = 1.0
 
 
@@ -104,6 +104,7 @@ class ResultConsumer(BaseResultConsumer):
         self._session: Session | None = None
         self._connected_before = False
         self._callbacks_at = 0.0
+        self._turn: list[str] = []
         if self._bell is not None:
             for end in self._bell:
                 os.close(end)
@@ -198,12 +199,10 @@ class ResultConsumer(BaseResultConsumer):
             for task_id in waiter.task_ids:
                 self._by_task.setdefault(task_id, []).append(waiter)
             self._fresh |= waiter.task_ids
-            self._pause = SOON
-            now = time.monotonic()
-            if callbacks or now - self._callbacks_at > CALLBACKS_INTERVAL:
-                self._callbacks_at = now
-                self._called_back &= set(self._pending)
-                self._fresh |= set(self._pending) - self._called_back
+            if waiter.task_ids:
+                self._pause = SOON
+            if callbacks:
+                self._callbacks_at = 0.0  # at its first look
 
     def _leave(self, waiter: _Waiter) -> None:
         with self._lock:
@@ -303,7 +302,7 @@ class ResultConsumer(BaseResultConsumer):
         """Wait until something may be there to look at; False when the time is over."""
         bell = self._bell_rope()
         now = time.monotonic()
-        until = min(deadline, self._next_look())
+        until = min(deadline, self._next_look(), now + SLICE)  # (a callback may have come meanwhile)
         arrived = wait_readable([session.fileno(), bell], max(0.0, until - now))
         if bell in arrived:
             with contextlib.suppress(BlockingIOError):
@@ -315,7 +314,7 @@ class ResultConsumer(BaseResultConsumer):
 
     def _next_look(self) -> float:
         if not self._direct:
-            return self._looked + self._pause
+            return self._looked + self._pause if self._by_task or self._pending else float("inf")
         poll = self._polled + self._poll_interval if self._poll_interval else float("inf")
         return min(poll, self._looked + self._pause) if self._unsettled else poll
 
@@ -333,17 +332,37 @@ class ResultConsumer(BaseResultConsumer):
         """Read what is new about the tasks that somebody waits for, as far as it is known which those are."""
         self._hear(session)
         now = time.monotonic()
+        self._find_callbacks(now)
         if now >= self._looked + self._pause and (self._unsettled or not self._direct):
-            self._fresh |= self._unsettled if self._direct else set(self._by_task)
-            self._pause = min(2 * self._pause, LATE)
+            if not self._fresh:  # (what has just come is looked at for the first time)
+                self._pause = min(2 * self._pause, LATE)
+            self._fresh |= self._unsettled if self._direct else self._polled_for()
         if self._poll_interval and now >= self._polled + self._poll_interval:
             self._polled = now
-            self._fresh |= set(self._by_task)
+            self._fresh |= self._polled_for()
         found: list[StoredResult] = []
         while self._fresh:
             found += self._look_at(session, list(itertools.islice(self._fresh, LOOK_LIMIT)))
             self._hear(session)
         return found
+
+    def _find_callbacks(self, now: float) -> None:
+        """Have those looked at that have got a callback, and of which nobody would be told yet."""
+        if now < self._callbacks_at + CALLBACKS_INTERVAL:
+            return
+        self._callbacks_at = now
+        pending = set(self._pending)
+        self._called_back &= pending
+        if new := pending - self._called_back:
+            self._fresh |= new
+            self._pause = SOON
+
+    def _polled_for(self) -> set[str]:
+        """All that somebody waits for, and of those that have a callback the next ones: they may be many, and stay."""
+        if not self._turn:
+            self._turn = list(self._pending)
+        turn, self._turn = self._turn[:LOOK_LIMIT], self._turn[LOOK_LIMIT:]
+        return self._by_task.keys() | self._pending.intersection(turn)
 
     def _look_at(self, session: Session, task_ids: list[str]) -> list[StoredResult]:
         missing = self._missing(session)
@@ -359,8 +378,10 @@ class ResultConsumer(BaseResultConsumer):
         self._fresh.difference_update(task_ids)
         if last:
             final = {stored.task_id for stored in looked.found if stored.state in states.READY_STATES}
-            self._fresh |= self._by_task.keys() - final
-        self._called_back.update(self._pending.intersection(task_ids))
+            self._fresh |= (self._by_task.keys() | self._pending) - final
+            self._called_back.clear()
+        else:
+            self._called_back.update(self._pending.intersection(task_ids))
         if looked.horizon is not None:
             self._unsettled.update(task_ids)
             self._horizon = looked.horizon
@@ -400,7 +421,7 @@ class ResultConsumer(BaseResultConsumer):
             if task_id in self._by_task or task_id in self._pending:
                 self._fresh.add(task_id)
             elif not task_id:
-                self._fresh |= set(self._by_task)
+                self._fresh |= self._by_task.keys() | self._pending
 
     def _disarm(self) -> None:
         """Have nobody told any more; not waited for."""
@@ -476,7 +497,11 @@ class ResultConsumer(BaseResultConsumer):
     def _deliver(self, stored: StoredResult, waiters: list[_Waiter]) -> bool:
         try:
             meta = self.backend.meta_from_stored(stored)
-        except Exception as exc:  # noqa: BLE001 - it is raised where somebody waits for this one
+        except Exception as exc:
+            # It is raised where somebody waits for this one.
+            self._pending.discard(stored.task_id)
+            if not waiters:
+                logger.exception("no callback of task %s is called: its result cannot be read", stored.task_id)
             self._end(stored.task_id, exc)
             return True
         for waiter in waiters:

@@ -200,12 +200,53 @@ def test_a_notification_that_is_lost_is_made_up_for_by_the_safety_poll(store, wo
         waiting = getting(result.get, timeout=WITHIN)
         somebody_waits(store)
 
-        store.execute(
-            "INSERT INTO kombu_pg.result (task_id, stored_at, state, content_type, result)"
-            " VALUES ('one', now(), 'SUCCESS', 'application/json', '42')"
-        )
+        store.execute(STORE_SILENTLY, ("one", "42"))
 
         assert waiting.result(WITHIN) == 42
+
+
+STORE_SILENTLY = (
+    "INSERT INTO kombu_pg.result (task_id, stored_at, state, content_type, result)"
+    " VALUES (%s, now(), 'SUCCESS', 'application/json', %s)"
+)
+
+
+def test_a_group_whose_every_notification_is_lost_is_complete_all_the_same(store, getting):
+    with closing(make(store.broker(poll_interval=0.2))) as app:
+        group, _ = group_of(app, 20)
+        waiting = getting(group.get, timeout=WITHIN)
+        somebody_waits(store)
+
+        for number in range(20):
+            store.execute(STORE_SILENTLY, (f"g{number}", str(number)))
+
+        assert waiting.result(WITHIN) == list(range(20))
+
+
+def test_a_callback_whose_notification_is_lost_is_called_all_the_same(store, getting):
+    with closing(make(store.broker(poll_interval=0.2))) as app:
+        called = []
+        then, _ = sent(app, "then")
+        then.then(lambda result: called.append(result.result))
+        draining = getting(app.backend.result_consumer.drain_events, timeout=WITHIN)
+        somebody_waits(store)
+
+        store.execute(STORE_SILENTLY, ("then", "42"))
+
+        draining.result(WITHIN)
+        assert called == [42]
+
+
+def test_callbacks_are_polled_for_in_turn_however_many_there_are(app, monkeypatch):
+    monkeypatch.setattr("celery_pg.waiting.LOOK_LIMIT", 10)
+    results = [sent(app, f"t{number}")[0] for number in range(25)]
+    for result in results:
+        result.then(lambda _: None)
+
+    polled = [app.backend.result_consumer._polled_for() for _ in range(3)]
+
+    assert [len(one) for one in polled] == [10, 10, 5]
+    assert set().union(*polled) == {result.id for result in results}
 
 
 def test_a_timeout_is_kept_and_zero_means_a_single_look(app, worker):
@@ -396,6 +437,59 @@ def test_draining_events_calls_callbacks_too(app, worker):
     assert called == [42]
 
 
+def quiet(consumer):
+    """It waits, and looks no more by itself, as if every older transaction were over: some last, in any database."""
+    eventually(lambda: consumer._held, WITHIN, "it waits")
+    with consumer._lock:
+        consumer._horizon = None
+        consumer._unsettled.clear()
+
+
+def test_a_callback_is_called_after_other_states_were_told(app, worker, getting):
+    called = []
+    then, request = sent(app, "then")
+    then.then(lambda result: called.append(result.result))
+    consumer = app.backend.result_consumer
+    draining = getting(consumer.drain_events, timeout=WITHIN)
+    for state in (states.STARTED, "PROGRESS", states.RETRY):
+        quiet(consumer)
+        looked = consumer._looked
+        worker.store_result("then", None, state, request=request)
+        eventually(lambda looked=looked: consumer._looked > looked, WITHIN, state)
+
+    worker.mark_as_done("then", 42, request=request)
+
+    draining.result(WITHIN)
+    assert called == [42]
+
+
+def test_a_callback_that_comes_while_somebody_waits_long_is_called(app, worker, store, getting):
+    called = []
+    other, request = sent(app, "other")
+    waiting = getting(other.get, timeout=WITHIN)
+    somebody_waits(store)
+    foreign = app.AsyncResult("foreign")
+    foreign.then(lambda result: called.append(result.result))
+
+    worker.mark_as_done("foreign", 42, request=Context(id="foreign", reply_to="somebody else"))
+
+    eventually(lambda: called == [42], WITHIN, "the callback is called")
+    worker.mark_as_done("other", 1, request=request)
+    assert waiting.result(WITHIN) == 1
+
+
+def test_a_callback_whose_result_may_not_be_decoded_is_given_up_and_logged(store, caplog):
+    with closing(make(store.broker(), result_accept_content=["json"])) as app:
+        then, request = sent(app, "then")
+        then.then(lambda _: None)
+        make(store.broker(), result_serializer="pickle").backend.mark_as_done("then", 2, request=request)
+
+        app.backend.result_consumer.drain_events(timeout=WITHIN)
+
+        assert "no callback of task then is called" in caplog.text
+        assert not app.backend.result_consumer._pending
+
+
 def test_cancelling_never_waits(app):
     consumer = app.backend.result_consumer
     taken, done = threading.Event(), threading.Event()
@@ -540,6 +634,60 @@ def test_greenlets_wait_side_by_side_and_block_nobody(store, worker):
             worker.mark_as_done(f"t{number}", number)
 
         assert running.stdout.readline() == f"{sum(range(20))} [0] True\n"
+
+
+GREEN_CALLBACK = """
+from gevent import monkey; monkey.patch_all()
+import gevent, sys
+from celery import Celery
+app = Celery("green", broker=sys.argv[1], backend=sys.argv[1])
+consumer = app.backend.result_consumer
+called = gevent.event.Event()
+def call(result):
+    print(result.result, flush=True)
+    called.set()
+app.AsyncResult("then").then(call)
+def wait(condition):
+    with gevent.Timeout(30):
+        while not condition():
+            gevent.sleep(0.005)
+wait(lambda: consumer._held)
+with consumer._lock:  # no more looks, as if every older transaction were over
+    consumer._horizon = None
+    consumer._unsettled.clear()
+looked = consumer._looked
+print("waiting", flush=True)
+if sys.argv[2] == "started":
+    wait(lambda: consumer._looked > looked)
+    print("looked", flush=True)
+called.wait(30)
+"""
+
+
+@contextlib.contextmanager
+def green_callback(broker, how):
+    """A process under gevent in which one result has a callback, and nobody is in get()."""
+    command = [sys.executable, "-c", GREEN_CALLBACK, broker, how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "waiting\n"
+        yield running.stdout.readline
+
+
+def test_under_gevent_a_callback_is_called_though_nobody_is_in_get(store, worker):
+    with green_callback(store.broker(), "started") as said:
+        worker.store_result("then", None, states.STARTED)
+        assert said() == "looked\n"
+
+        worker.mark_as_done("then", 42)
+
+        assert said() == "42\n"
+
+
+def test_under_gevent_a_callback_whose_notification_is_lost_is_called(store):
+    with green_callback(store.broker(poll_interval=0.2), "lost") as said:
+        store.execute(STORE_SILENTLY, ("then", "42"))
+
+        assert said() == "42\n"
 
 
 # The hunt
