@@ -20,7 +20,6 @@ from celery.result import AsyncResult, result_from_tuple
 from celery.utils.serialization import UnpickleableExceptionWrapper
 from kombu.serialization import loads
 from kombu.serialization import registry as serializers
-from kombu.transport import TRANSPORT_ALIASES
 from kombu.utils.encoding import ensure_bytes
 
 from celery_pg.chords import NativeChords
@@ -31,6 +30,8 @@ from celery_pg.waiting import ResultConsumer
 from kombu_pg import errors, schema, transaction
 from kombu_pg.database import Database, Statement, T, database_for, forget_after_fork
 from kombu_pg.options import Options, redact
+from kombu_pg.transaction import same_store
+from kombu_pg.transport import Transport
 
 __all__ = ["PGBackend"]
 
@@ -331,11 +332,11 @@ class PGBackend(AtomicCompletion, NativeChords, Retrying, AsyncBackendMixin, Bac
         super().cleanup()
 
     def process_cleanup(self) -> None:
-        # After each task. Where the broker is ours, its consumers do this.
-        if self._expires_itself and time.monotonic() >= self._expire_at:
+        # After each task. Where messages are in the same store, their consumers do this.
+        if time.monotonic() >= self._expire_at:
             self._expire_at = time.monotonic() + EXPIRE_PERIOD
             try:
-                self._expire_at = 0.0 if self._expire() else self._expire_at
+                self._expire_at = 0.0 if self._expires_itself and self._expire() else self._expire_at
             except errors.PGError as exc:
                 logger.warning("expired results are not deleted yet: %s", exc)
 
@@ -346,9 +347,9 @@ class PGBackend(AtomicCompletion, NativeChords, Retrying, AsyncBackendMixin, Bac
 
     @cached_property
     def _expires_itself(self) -> bool:
-        url = self.app.conf.broker_write_url or self.app.conf.broker_url or ""
-        scheme = str(url).partition("://")[0].partition("+")[0]
-        return not str(TRANSPORT_ALIASES.get(scheme, "")).startswith("kombu_pg.")
+        """No consumer does it: what they sweep is their own store, which is not this one."""
+        broker = self.app.connection_for_read().transport
+        return not (isinstance(broker, Transport) and same_store(self.database, database_for(broker.options())))
 
 
 #: What the column can hold; a message may say anything.

@@ -414,6 +414,42 @@ def test_with_another_broker_whoever_ends_a_task_deletes_what_expired(make_app, 
     assert (left, store.value("SELECT count(*) FROM kombu_pg.result")) == (1, 0)
 
 
+def test_with_a_broker_in_another_schema_whoever_ends_a_task_deletes_what_expired(make_app, store):
+    """Consumers sweep only the schema that they consume from."""
+    backend = make_app(result_expires=60, backend=store.broker(schema="other")).backend
+    app = backend.app
+    backend.mark_as_done("one", 1)
+    backend.save_group("g", GroupResult("g", [app.AsyncResult("one")], app=app))
+    backend.set_chord_size("c", 2)
+    tables = ("result", "group_result", "chord")
+    for table in tables:
+        store.execute(f"UPDATE other.{table} SET expires_at = expires_at - interval '200 years'")
+    with Consuming(store.broker()) as consuming:
+        consuming.rest()
+
+    backend.process_cleanup()
+
+    assert [store.value(f"SELECT count(*) FROM other.{table}") for table in tables] == [0] * 3
+
+
+def test_a_task_leaves_expired_results_to_the_consumers_of_the_same_store_whatever_its_url_says(make_app, store):
+    backend = make_app(result_expires=60, backend=store.broker(poll_interval=1)).backend
+    backend.mark_as_done("one", 1)
+    age(store, "61 seconds")
+
+    backend.process_cleanup()
+
+    assert store.value("SELECT count(*) FROM kombu_pg.result") == 1
+
+
+def test_a_task_that_cannot_reach_the_broker_ends_all_the_same(make_app, caplog):
+    backend = make_app(broker_url="pg://nobody@127.0.0.1:1/none").backend
+
+    backend.process_cleanup()
+
+    assert "expired results are not deleted yet" in caplog.text
+
+
 def test_beat_has_nothing_to_clean_up(make_app):
     scheduler = Scheduler(make_app(result_expires=60), lazy=True)
 
