@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -311,7 +312,8 @@ class PGBackend(AtomicCompletion, NativeChords, Retrying, AsyncBackendMixin, Bac
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield (task id, meta) of each task as it becomes ready; one statement for all of them."""
         wanted = list(dict.fromkeys(task_ids))
-        for stored in self._ensure_retryable(self._run, self.results.get(wanted)):
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        for stored in self._ensure_retryable(self._run, self.results.get(wanted), deadline=deadline):
             meta = self.meta_from_stored(stored)
             if on_message is not None:
                 on_message(meta)

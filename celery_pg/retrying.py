@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -34,9 +35,12 @@ class Retrying:
         fallback_exc: Callable[[str | None], Exception] | None = None,
         fallback_msg: str | None = None,
         max_retries: float | None = None,
+        deadline: float = math.inf,
         **kwargs: Any,
     ) -> T:
         """Call it again after errors that may pass, with growing pauses, at most `max_retries` times.
+
+        No call begins after `deadline`, a time of the monotonic clock; the last one is at that moment.
 
         Raises:
             fallback_exc: it failed every time.
@@ -49,7 +53,8 @@ class Retrying:
             except Exception as exc:
                 if not (self.always_retry and self.exception_safe_to_retry(exc)):
                     raise
-                if retries >= limit:
+                left = deadline - time.monotonic()
+                if retries >= limit or left <= 0:
                     if fallback_exc is None:
                         raise
                     raise fallback_exc(fallback_msg) from exc
@@ -58,4 +63,4 @@ class Retrying:
                 pause = get_exponential_backoff_interval(
                     self.base_sleep_between_retries_ms, retries, self.max_sleep_between_retries_ms, True
                 )
-                time.sleep(pause / 1000)
+                time.sleep(max(0.0, min(pause / 1000, left)))

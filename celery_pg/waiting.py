@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -28,7 +29,7 @@ from celery.exceptions import TimeoutError
 
 from celery_pg.store.results import Results, StoredResult, bucket
 from kombu_pg import errors
-from kombu_pg.database import ANSWER_TIMEOUT, Session, wait_readable
+from kombu_pg.database import ANSWER_TIMEOUT, Session, database_for, wait_readable
 from kombu_pg.store import Store
 
 __all__ = ["ResultConsumer"]
@@ -47,6 +48,10 @@ GATHER, MANY = 0.005, 8
 SENT_LIMIT = 10_000
 #: Seconds between two attempts to connect again.
 RECONNECT_PAUSE = 0.25
+#: Seconds for an attempt to connect, however little time is left: who looks again and again with a timeout of zero must
+#: be connected some time.
+CONNECT_AT_LEAST = 0.5
+UNREACHED = "The operation timed out: there was no connection to the results' database."
 #: The sender of results that nobody is known to have asked for.
 ANYBODY = ""
 #: Seconds at most until the first look at a result that was given a callback (`then`) while somebody waited.
@@ -54,11 +59,12 @@ CALLBACKS_INTERVAL = 1.0
 
 
 class _Waiter:
-    """One call that waits: for which tasks, and what has become of them."""
+    """One call that waits: for which tasks, until when at most, and what has become of them."""
 
-    def __init__(self, leaves: Iterable[Any] = (), on_message: Any = None) -> None:
+    def __init__(self, leaves: Iterable[Any] = (), on_message: Any = None, deadline: float = math.inf) -> None:
         self.leaves = {leaf.id: leaf for leaf in leaves}
         self.task_ids = set(self.leaves)
+        self.deadline = deadline
         self.arrived: list[str] = []
         self.failure: Exception | None = None
         self.woken = threading.Event()
@@ -157,11 +163,22 @@ class ResultConsumer(BaseResultConsumer):
             self._sent = set(), self._sent[0]
 
     def drain_events(self, timeout: float | None = None) -> None:
-        """Wait, at most `timeout` seconds, for any result that somebody waits for or that has a callback."""
+        """Wait, at most `timeout` seconds, for any result that somebody waits for or that has a callback.
+
+        Raises:
+            Unavailable: this process was never connected, and has tried often enough.
+        """
+        deadline = time.monotonic() + (SLICE if timeout is None else timeout)
         waiter = _Waiter()
         try:
             self._enter(waiter, callbacks=True)
-            self._drain(waiter, SLICE if timeout is None else timeout)
+            if self._reached(waiter, deadline):
+                self._drain(waiter, max(0.0, deadline - time.monotonic()))
+        except errors.Unavailable as exc:
+            if not isinstance(self.drainer, greenletDrainer):
+                raise
+            # With the greenlet that drains, all waiting of the process would end for good.
+            self._lost(exc, deadline - time.monotonic())
         finally:
             self._leave(waiter)
 
@@ -169,12 +186,13 @@ class ResultConsumer(BaseResultConsumer):
         self, result: Any, timeout: float | None = None, on_interval: Any = None, on_message: Any = None, **_: Any
     ) -> Iterator[list[str]]:
         begun = time.monotonic()
-        waiter = _Waiter(_leaves(result), on_message)
+        waiter = _Waiter(_leaves(result), on_message, math.inf if timeout is None else begun + timeout)
         self._enter(waiter)
         try:
             slice_ = SLICE if timeout is None else min(timeout, SLICE)
             while not result.on_ready.ready:
-                self._drain(waiter, slice_)
+                if self._reached(waiter, waiter.deadline):
+                    self._drain(waiter, slice_)
                 if waiter.failure is not None:
                     raise waiter.failure
                 yield waiter.take()
@@ -183,7 +201,7 @@ class ResultConsumer(BaseResultConsumer):
                 waited = time.monotonic() - begun
                 if timeout is not None:
                     if waited >= timeout and not result.on_ready.ready:
-                        raise TimeoutError("The operation timed out.")
+                        raise TimeoutError("The operation timed out." if self._connected_before else UNREACHED)
                     slice_ = min(timeout - waited, SLICE)
                 if waited > SLICE:
                     self._widen(waiter)
@@ -251,12 +269,10 @@ class ResultConsumer(BaseResultConsumer):
         waiter.woken.clear()
         if waiter.arrived or waiter.failure:
             return
-        if not self._connected_before:
-            self._connected(deadline)
         if id(waiter) not in self._waiters:
             self._enter(waiter)  # its process was forked meanwhile
         try:
-            session = self._connected(deadline)
+            session = self._connected(waiter, deadline)
             if session is None:
                 return
             with self._lock:
@@ -439,19 +455,31 @@ class ResultConsumer(BaseResultConsumer):
 
     # The session
 
-    def _connected(self, deadline: float) -> Session | None:
-        """The session; None if another thread is still connecting when the time is over."""
+    def _reached(self, waiter: _Waiter, deadline: float) -> bool:
+        """Whether the process has been connected, by now or at the deadline.
+
+        Raises:
+            Unavailable: it has been tried often enough. Later the server may be away for as long as it likes.
+        """
+        return self._connected_before or self._connected(waiter, deadline) is not None
+
+    def _connected(self, waiter: _Waiter, deadline: float) -> Session | None:
+        """The session; None if there is none when the time is over."""
         session = self._session
         if session is not None and not session.closed:
             return session
-        if not self._connecting.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        left = max(0.0, deadline - time.monotonic())
+        if not self._connecting.acquire(timeout=min(left, threading.TIMEOUT_MAX)):
             return None
         try:
             if self._session is not None and not self._session.closed:
                 return self._session
-            # The first must hear that the URL is wrong; later the server may be away for as long as it likes.
-            retried = self._connect if self._connected_before else self._connect_at_first
-            session, direct = retried()
+            if self._connected_before:
+                session, direct = self._connect(waiter)
+            elif (connected := self._connect_at_first(waiter, deadline)) is not None:
+                session, direct = connected
+            else:
+                return None
             with self._lock:
                 self._forget_session()
                 self._session, self._direct, self._connected_before = session, direct, True
@@ -459,13 +487,22 @@ class ResultConsumer(BaseResultConsumer):
         finally:
             self._connecting.release()
 
-    def _connect_at_first(self) -> tuple[Session, bool]:
-        connected: tuple[Session, bool] = self.backend._ensure_retryable(self._connect)
+    def _connect_at_first(self, waiter: _Waiter, deadline: float) -> tuple[Session, bool] | None:
+        try:
+            connected: tuple[Session, bool] = self.backend._ensure_retryable(self._connect, waiter, deadline=deadline)
+        except errors.Unavailable as exc:
+            if time.monotonic() < deadline:
+                raise
+            logger.warning("no connection for results within the time that they are waited for: %s", exc)
+            return None
         return connected
 
-    def _connect(self) -> tuple[Session, bool]:
-        session = self.backend.database.connect(listen=True)
+    def _connect(self, waiter: _Waiter) -> tuple[Session, bool]:
+        left = waiter.deadline - time.monotonic()
+        within = None if math.isinf(left) else max(left, CONNECT_AT_LEAST)
+        session = database_for(self.backend.options).connect(listen=True, within=within)
         try:
+            _ = self.backend.database  # the schema fits
             direct = session.run(self._store.backend_pid()) == session.backend_pid
             if direct:
                 session.run(self._store.prepare_claims())
@@ -480,7 +517,7 @@ class ResultConsumer(BaseResultConsumer):
             if self._session is not None and self._session.closed:
                 self._forget_session()
             self._ring()
-        time.sleep(min(left, RECONNECT_PAUSE))
+        time.sleep(max(0.0, min(left, RECONNECT_PAUSE)))
 
     # What was found
 

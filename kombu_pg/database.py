@@ -169,10 +169,13 @@ class Session:
     that did not run to its end, it is closed.
     """
 
-    def __init__(self, dsn: str, connect_timeout: float | None, *, listens: bool = True) -> None:
+    def __init__(
+        self, dsn: str, connect_timeout: float | None, *, listens: bool = True, within: float | None = None
+    ) -> None:
         """Connect; blocks until connected, at most `connect_timeout` seconds (0 = for ever).
 
         `listens`: notifications are read; a session that executes no LISTEN is spared the look.
+        `within`: seconds after which it is given up, even if the URL's own connect_timeout is longer.
 
         Raises:
             Unavailable: no server accepts the connection.
@@ -183,6 +186,8 @@ class Session:
         timeout = float(
             arguments.get("connect_timeout") or (CONNECT_TIMEOUT if connect_timeout is None else connect_timeout)
         )
+        if within is not None:
+            timeout = min(timeout or within, within)
         self.notifications: deque[Notification] = deque()
         self._statement: Statement[Any] | None = None
         self._listens = listens
@@ -425,14 +430,17 @@ class Database:
         self._lock = threading.Lock()
         self._users = 0
 
-    def connect(self, *, listen: bool = False) -> Session:
-        """A new session, the caller's to close. `listen`: one that keeps its server process (not behind a pooler)."""
+    def connect(self, *, listen: bool = False, within: float | None = None) -> Session:
+        """A new session, the caller's to close. `listen`: one that keeps its server process (not behind a pooler).
+
+        `within`: seconds that it may take at most, besides what the options say.
+        """
         options = self.options
         if options.embedded:
             dsn = options.dsn_on(embedded.ensure_server(options.embedded))
         else:
             dsn = options.listen_dsn if listen and options.listen_dsn else options.dsn
-        return Session(dsn, options.connect_timeout, listens=listen)
+        return Session(dsn, options.connect_timeout, listens=listen, within=within)
 
     def blocking_connection(self) -> Any:
         """A new psycopg2 connection as other libraries use them: not in autocommit, blocking; the caller's to close.

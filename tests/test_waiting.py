@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from celery import Celery, states
 from celery.app.task import Context
+from celery.backends.asynchronous import geventDrainer
 from celery.exceptions import TimeoutError
 from celery.result import GroupResult
 from conftest import through
@@ -557,6 +558,60 @@ def test_who_was_never_connected_hears_that_the_server_is_not_there():
 
     with pytest.raises(Exception, match="refused"):
         app.AsyncResult("one").get(timeout=WITHIN)
+
+
+NOWHERE = "pg://nobody@127.0.0.1:1/none"
+
+
+def test_a_timeout_is_kept_while_the_server_was_never_there():
+    app = make(NOWHERE)
+
+    waited = seconds(lambda: timed_out(app.AsyncResult("one"), 0.3))
+
+    assert 0.3 <= waited < 3
+
+
+def test_a_timeout_is_kept_by_everybody_who_waits_for_the_first_connection(tcp_proxy, store, getting):
+    tcp_proxy.stall()
+    with closing(make(through(tcp_proxy, store.broker(connect_timeout=30)))) as app:
+        waiting = [getting(app.AsyncResult(str(number)).get, timeout=0.3) for number in range(3)]
+
+        for one in waiting:
+            with pytest.raises(TimeoutError, match="no connection"):
+                one.result(5)
+
+
+def test_a_timeout_is_kept_while_the_server_does_not_let_a_lost_connection_come_back(tcp_proxy, store):
+    with closing(make(through(tcp_proxy, store.broker(connect_timeout=30)))) as app:
+        timed_out(app.AsyncResult("one"), 0)
+        tcp_proxy.stall()
+        tcp_proxy.drop()
+
+        assert seconds(lambda: timed_out(app.AsyncResult("one"), 0.3)) < 5
+
+
+def test_a_get_finds_a_server_that_comes_within_its_timeout(tcp_proxy, store, worker, getting, caplog):
+    worker.mark_as_done("one", 42)
+    tcp_proxy.cut()
+    with closing(make(through(tcp_proxy, store.broker()))) as app:
+        waiting = getting(app.AsyncResult("one").get, timeout=WITHIN)
+        eventually(lambda: "trying again" in caplog.text, WITHIN, "it has tried")
+
+        tcp_proxy.resume()
+
+        assert waiting.result(WITHIN) == 42
+
+
+def test_the_greenlet_that_drains_outlives_a_server_that_is_not_there(monkeypatch):
+    app = make(NOWHERE, result_backend_max_retries=0)
+    consumer = app.backend.result_consumer
+    monkeypatch.setattr(consumer, "drainer", geventDrainer(consumer))
+
+    consumer.drain_events(timeout=0.05)
+
+    monkeypatch.undo()
+    with pytest.raises(Exception, match="refused"):
+        consumer.drain_events(timeout=0.05)
 
 
 # Processes and greenlets
