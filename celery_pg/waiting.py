@@ -46,6 +46,10 @@ SOON, LATE = 0.005, 1.0
 GATHER, MANY = 0.005, 8
 #: Sent tasks that are remembered as this process's own.
 SENT_LIMIT = 10_000
+#: Senders that are waited for at a time, each by a lock of its own; the tasks of more of them are waited for by bucket.
+SENDERS_LIMIT = 32
+#: Seconds between two attempts to do without a sender that no task is waited for any more.
+SENDERS_INTERVAL = 1.0
 #: Seconds between two attempts to connect again.
 RECONNECT_PAUSE = 0.25
 #: Seconds for an attempt to connect, however little time is left: who looks again and again with a timeout of zero must
@@ -104,8 +108,7 @@ class ResultConsumer(BaseResultConsumer):
         self._waiters: dict[int, _Waiter] = {}
         self._by_task: dict[str, list[_Waiter]] = {}
         self._pending: set[str] = set()  # these have a callback
-        self._sent: tuple[set[str], set[str]] = set(), set()
-        self._senders = {ANYBODY}
+        self._sent: tuple[dict[str, str], dict[str, str]] = {}, {}  # task -> sender
         self._sleepers: dict[int, _Waiter] = {}
         self._session: Session | None = None
         self._connected_before = False
@@ -124,7 +127,9 @@ class ResultConsumer(BaseResultConsumer):
         self._direct = True
         self._keys: dict[str | int, int] = {}  # sender or bucket -> key: what the session listens for
         self._held: set[int] = set()
+        self._senders = {ANYBODY}
         self._buckets: set[int] = set()
+        self._dropped_at = 0.0
         self._horizon: str | None = None
         self._fresh: set[str] = set(self._by_task) | set(self._pending)
         self._unsettled: set[str] = set()
@@ -148,7 +153,6 @@ class ResultConsumer(BaseResultConsumer):
         self._reset()
 
     def consume_from(self, task_id: str) -> None:
-        self._senders.add(self.app.thread_oid)
         self._pending.add(task_id)
 
     def cancel_for(self, task_id: str) -> None:
@@ -157,10 +161,9 @@ class ResultConsumer(BaseResultConsumer):
 
     def sent(self, task_id: str) -> None:
         """This thread is about to send the task. Nothing is connected for that."""
-        self._senders.add(self.app.thread_oid)
-        self._sent[0].add(task_id)
+        self._sent[0][task_id] = self.app.thread_oid
         if len(self._sent[0]) > SENT_LIMIT:
-            self._sent = set(), self._sent[0]
+            self._sent = {}, self._sent[0]
 
     def drain_events(self, timeout: float | None = None) -> None:
         """Wait, at most `timeout` seconds, for any result that somebody waits for or that has a callback.
@@ -381,7 +384,7 @@ class ResultConsumer(BaseResultConsumer):
         return self._by_task.keys() | self._pending.intersection(turn)
 
     def _look_at(self, session: Session, task_ids: list[str]) -> list[StoredResult]:
-        missing = self._missing(session)
+        missing = self._missing(session, task_ids)
         last = bool(self._held) and not missing and self._horizon is None
         last = last and self._by_task.keys() | self._pending <= set(task_ids)
         if last:
@@ -405,25 +408,68 @@ class ResultConsumer(BaseResultConsumer):
             self._unsettled.difference_update(task_ids)
         return looked.found
 
-    def _missing(self, session: Session) -> set[int]:
-        """The locks that are to be taken; their channels are listened to."""
+    def _missing(self, session: Session, task_ids: list[str]) -> set[int]:
+        """The locks that are to be taken for these tasks; their channels are listened to."""
         if not self._direct:
             return set()
-        recent, older = self._sent
-        strangers = {bucket(task_id) for task_id in self._fresh if task_id not in recent and task_id not in older}
-        self._buckets |= strangers
-        senders = [sender for sender in list(self._senders) if sender not in self._keys]
-        buckets = [number for number in self._buckets if number not in self._keys]
-        if senders or buckets:
-            sources: list[str | int] = [*senders, *buckets]
-            keys = session.run(self._results.listen(senders, buckets))
-            self._keys.update(zip(sources, keys, strict=True))
-        wanted = {key for source, key in self._keys.items() if isinstance(source, str) or source in self._buckets}
-        missing = wanted - self._held
+        for task_id in task_ids:
+            self._wait_for(task_id)
+        sources: set[str | int] = self._senders | self._buckets
+        surplus = self._held - {self._keys[source] for source in sources & self._keys.keys()}
+        if surplus:
+            session.run(self._results.stop_waiting(surplus))
+            self._held -= surplus
+        self._listen(session, sources)
+        missing = {self._keys[source] for source in sources} - self._held
         if missing:
             self._held |= missing
             self._pause = SOON
         return missing
+
+    def _wait_for(self, task_id: str) -> None:
+        """Have the task's sender among those that are waited for, or else its bucket; neither can be many."""
+        sender = self._sender(task_id)
+        if sender is None:
+            self._buckets.add(bucket(task_id))
+        elif sender not in self._senders:
+            if len(self._senders) > SENDERS_LIMIT:
+                self._drop_senders()
+            if len(self._senders) > SENDERS_LIMIT:
+                self._buckets.add(bucket(task_id))
+            else:
+                self._senders.add(sender)
+
+    def _sender(self, task_id: str) -> str | None:
+        """Who has sent the task, if that was this process, and not too long ago: its result names it."""
+        recent, older = self._sent
+        return recent.get(task_id) or older.get(task_id)
+
+    def _drop_senders(self) -> None:
+        """Keep only those senders of which a task is waited for."""
+        now = time.monotonic()
+        if now < self._dropped_at + SENDERS_INTERVAL:
+            return
+        self._dropped_at = now
+        senders = {ANYBODY}
+        for task_id in self._by_task.keys() | self._pending:
+            sender = self._sender(task_id)
+            if sender is not None:
+                senders.add(sender)
+            elif bucket(task_id) not in self._buckets:
+                self._fresh.add(task_id)  # its sender is forgotten: it is a stranger from now on
+        self._senders &= senders
+
+    def _listen(self, session: Session, sources: set[str | int]) -> None:
+        """Listen for these; no more for what was listened for before, unless that is little."""
+        new = sources - self._keys.keys()
+        old = self._keys.keys() - sources
+        if new and len(old) > SENDERS_LIMIT:
+            session.run(self._results.stop_listening([self._keys.pop(source) for source in old]))
+        if new:
+            senders = [source for source in new if isinstance(source, str)]
+            buckets = [source for source in new if not isinstance(source, str)]
+            keys = session.run(self._results.listen(senders, buckets))
+            self._keys.update(zip([*senders, *buckets], keys, strict=True))
 
     def _hear(self, session: Session) -> None:
         """Note of which tasks notifications have come."""
@@ -443,6 +489,7 @@ class ResultConsumer(BaseResultConsumer):
         """Have nobody told any more; not waited for."""
         session, held = self._session, self._held
         self._held, self._buckets, self._unsettled, self._called_back = set(), set(), set(), set()
+        self._senders = {ANYBODY}
         self._horizon = None
         self._fresh.clear()
         if session is None or not held:

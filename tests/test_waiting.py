@@ -337,6 +337,98 @@ def test_many_threads_wait_over_one_connection(app, worker, store, getting):
     assert listening <= 3  # that one, the pool's after the schema check, and the other app's
 
 
+def sent_by_many(app, count, name="m"):
+    """So many tasks, each sent by a thread of its own: their results, and the requests that their workers see."""
+    everybody = threading.Barrier(count)
+
+    def send(number):
+        everybody.wait(WITHIN)  # one thread each, all alive: idents are used again
+        return sent(app, f"{name}{number}")
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(send, range(count)))
+    assert len({request.reply_to for _, request in found}) == count
+    return found
+
+
+def test_only_the_senders_of_tasks_that_are_waited_for_have_a_lock(app, worker, store, getting):
+    sent_by_many(app, 50)
+    result, request = sent(app)
+    waiting = getting(result.get, timeout=WITHIN)
+    somebody_waits(store, 2)
+    looked_once(app)
+
+    assert store.value(TOLD) == 2  # its own, and that of results that name nobody
+    worker.mark_as_done("one", 42, request=request)
+    assert waiting.result(WITHIN) == 42
+
+
+def looked_once(app):
+    """The first look is over: the locks are taken that it takes."""
+    consumer = app.backend.result_consumer
+    with consumer._lock:
+        assert consumer._looked
+
+
+def test_tasks_of_however_many_senders_are_waited_for_by_few_locks(app, worker, store, getting):
+    several = sent_by_many(app, 100)
+    group = GroupResult("g", [result for result, _ in several], app=app)
+    waiting = getting(group.get, timeout=WITHIN)
+    somebody_waits(store, 34)
+    looked_once(app)
+
+    assert store.value(TOLD) <= 1 + 32 + 64
+    for number, (_, request) in enumerate(several):
+        worker.mark_as_done(f"m{number}", number, request=request)
+    assert waiting.result(WITHIN) == list(range(100))
+
+
+def test_senders_that_are_done_with_make_room_for_others_while_the_wait_goes_on(
+    app, worker, store, getting, monkeypatch
+):
+    monkeypatch.setattr("celery_pg.waiting.SENDERS_INTERVAL", 0)
+    lasting, lastings_request = sent(app, "lasting")
+    waiting = getting(lasting.get, timeout=WITHIN)
+    somebody_waits(store, 2)
+    consumer = app.backend.result_consumer
+    for round_ in range(4):
+        several = sent_by_many(app, 30, f"r{round_}.")
+        group = GroupResult("g", [result for result, _ in several], app=app)
+        getting_group = getting(group.get, timeout=WITHIN)
+        eventually(lambda several=several: consumer._by_task.keys() >= {one.id for one, _ in several}, WITHIN)
+        for number, (_, request) in enumerate(several):
+            worker.mark_as_done(f"r{round_}.{number}", number, request=request)
+        assert getting_group.result(WITHIN) == list(range(30))
+
+    assert not consumer._buckets
+    assert store.value(TOLD) <= 1 + 32
+    assert len(consumer._keys) <= 1 + 2 * 32
+    worker.mark_as_done("lasting", 42, request=lastings_request)
+    assert waiting.result(WITHIN) == 42
+
+
+def test_a_task_whose_sender_was_forgotten_before_another_one_took_its_place_is_waited_for_as_a_strangers(
+    app, worker, store, getting, monkeypatch
+):
+    monkeypatch.setattr("celery_pg.waiting.SENDERS_INTERVAL", 0)
+    lasting, lastings_request = sent(app, "lasting")
+    waiting = getting(lasting.get, timeout=WITHIN)
+    somebody_waits(store, 2)
+    consumer = app.backend.result_consumer
+    monkeypatch.setattr(consumer, "_widen", lambda _: None)
+    consumer._sent = {}, {}
+
+    several = sent_by_many(app, 40)
+    others = getting(GroupResult("g", [result for result, _ in several], app=app).get, timeout=WITHIN)
+    eventually(lambda: app.thread_oid not in consumer._senders and not consumer._fresh, WITHIN, "its place is taken")
+    worker.mark_as_done("lasting", 42, request=lastings_request)
+
+    assert waiting.result(WITHIN) == 42
+    for number, (_, request) in enumerate(several):
+        worker.mark_as_done(f"m{number}", number, request=request)
+    assert others.result(WITHIN) == list(range(40))
+
+
 def group_of(app, count):
     results = [sent(app, f"g{number}") for number in range(count)]
     return GroupResult("g", [result for result, _ in results], app=app), [request for _, request in results]

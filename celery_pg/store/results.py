@@ -177,6 +177,10 @@ class Results:
             lambda rows: list(rows[0][0]),
         )
 
+    def stop_listening(self, keys: Iterable[int]) -> Statement[None]:
+        """Listen no more for the results behind these keys, whose locks are released."""
+        return Statement(f"SELECT {self._sql}.stop_listening(%s::bigint[])", (_array(keys),), _nothing)
+
     def stop_waiting(self, keys: Iterable[int]) -> Statement[None]:
         sql = "SELECT pg_advisory_unlock_shared(k) FROM unnest(%s::bigint[]) AS k"
         return Statement(sql, (_array(keys),), _nothing)

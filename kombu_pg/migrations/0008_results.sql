@@ -49,9 +49,10 @@ SELECT r.task_id AS id, r.name, r.state, r.date_done, r.worker, r.queue, r.retri
 
 -- Who waits -----------------------------------------------------------------------------------------------------
 -- A process that waits for results holds shared advisory locks, and listens on a channel for each of them: one for each
--- of its threads (the sender: what their messages say in reply_to), the sender '' (of results that nobody is known to have
--- asked for), and for results of tasks that somebody else sent, one of 64 that the task's id falls into. Whoever stores
--- a result tries the two locks that concern it, and notifies only where one is held.
+-- of its threads that has sent such a task (the sender: what their messages say in reply_to), as long as these are few, the
+-- sender '' (of results that nobody is known to have asked for), and for tasks that somebody else sent, and those of further
+-- threads, one of 64 that the task's id falls into. Whoever stores a result tries the two locks that concern it, and notifies
+-- only where one is held.
 --
 -- The look is before the commit. So a result may be on its way whose transaction saw nobody wait: it has written, thus it
 -- has a transaction id, and it was running when the lock was taken. Whoever waits looks again until every transaction
@@ -119,6 +120,17 @@ BEGIN
         EXECUTE format('LISTEN %I', kombu_pg.result_channel(v_key));
     END LOOP;
     RETURN v_keys;
+END $$;
+
+-- The counterpart: listen no more. The locks are released before.
+CREATE FUNCTION kombu_pg.stop_listening(p_keys bigint[]) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_key bigint;
+BEGIN
+    FOREACH v_key IN ARRAY p_keys LOOP
+        EXECUTE format('UNLISTEN %I', kombu_pg.result_channel(v_key));
+    END LOOP;
 END $$;
 
 
