@@ -149,7 +149,8 @@ def publish(broker: str, *bodies: Any, queue: str = "q", **properties: Any) -> N
 def process(program, *arguments):
     """A Python process with the names of this module; it is killed afterwards."""
     command = [sys.executable, "-c", "import sys, time; from watching import *; " + program, *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as running:

@@ -17,6 +17,7 @@ from conftest import execute
 from kombu_pg.url import Url
 
 PATIENCE = 60.0
+PYTHONPATH = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
 
 
 class Workers:
@@ -41,7 +42,7 @@ class Workers:
             **os.environ,
             atomic_app.STORE: broker,
             "ATOMIC_SERVER": server,
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": PYTHONPATH,
             "PYTHONWARNINGS": "ignore",
         }
         self.process = None
@@ -278,7 +279,7 @@ def test_a_task_that_is_not_acks_late_is_refused_when_the_worker_starts(broker, 
         "def early(): pass\n"
         "app.worker_main(['worker', '-P', 'solo'])"
     )
-    environment = {**os.environ, atomic_app.STORE: broker, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, atomic_app.STORE: broker, "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore"}
 
     with log.open("w") as out:
         subprocess.run([sys.executable, "-c", program], env=environment, stdout=out, stderr=out, timeout=60)
@@ -290,7 +291,7 @@ def test_results_that_are_elsewhere_are_refused_when_the_worker_starts(broker, t
     log = tmp_path / "refused.log"
     program = "from atomic_app import app; app.conf.result_backend = 'cache+memory://'\n"
     program += "app.worker_main(['worker', '-P', 'solo'])"
-    environment = {**os.environ, atomic_app.STORE: broker, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, atomic_app.STORE: broker, "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore"}
 
     with log.open("w") as out:
         subprocess.run([sys.executable, "-c", program], env=environment, stdout=out, stderr=out, timeout=60)
