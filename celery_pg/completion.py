@@ -58,12 +58,14 @@ class Completion:
     Attributes:
         returned: the function has returned: what fails from here on is not the function's failure.
         done: it is committed.
+        lost: why what was to take the place of this run, or to follow it, could not be stored: it runs again.
     """
 
     def __init__(self, database: Database, task: str, task_id: str, message_id: int) -> None:
         self.task_id = task_id
         self.returned = False
         self.done = False
+        self.lost: Exception | None = None
         self.user = TaskTransaction(database, f"{task}[{task_id}]")
         self._database = database
         self._message_id = message_id
@@ -115,6 +117,31 @@ class Completion:
                 block.__exit__(_RollBackError, error, None)
         self.user.close()
 
+    def require_open(self) -> None:
+        """Return if what was run in it so far can still be committed.
+
+        Raises:
+            TransactionLost: it cannot.
+        """
+        if self._opened is not None and self._opened.lost:
+            raise errors.TransactionLost("the connection was lost inside a transaction: nothing of it is stored")
+
+    @contextmanager
+    def storing(self, kind: type[Exception] = Exception) -> Iterator[None]:
+        """A block that stores what follows this run; `kind`: of which exceptions it is asked whether it could.
+
+        Raises:
+            Reject: it could not, for a connection was lost: the run has not failed, it is to be run again.
+        """
+        try:
+            yield
+        except kind as exc:
+            if not _is_lost(exc):
+                raise
+            logger.warning("task %s: what follows it could not be stored, it runs again: %s", self.task_id, exc)
+            self.lost = exc
+            raise Reject(exc, requeue=True) from exc
+
     @contextmanager
     def ending(self) -> Iterator[None]:
         """A block that ends in a commit; otherwise everything is rolled back.
@@ -141,11 +168,12 @@ class Completion:
             raise
 
 
-def _is_lost(exc: BaseException | None) -> bool:
-    while exc is not None:
+def _is_lost(exc: Any) -> bool:
+    """It was raised because of a lost connection; not only while such an exception was handled."""
+    while isinstance(exc, BaseException):
         if isinstance(exc, errors.Unavailable | errors.TransactionLost):
             return True
-        exc = exc.__cause__ or exc.__context__
+        exc = exc.reason if isinstance(exc, Reject) else exc.__cause__
     return False
 
 
@@ -210,7 +238,7 @@ class AtomicCompletion:
         completion = current(task_id)
         if completion is not None:
             with completion.ending():
-                if completion.returned and isinstance(exc, errors.TransactionLost):
+                if completion.returned and _is_lost(exc):
                     raise exc  # its continuations could not be stored: it has not failed, it runs again
                 completion.restart()
                 fail()
@@ -304,8 +332,8 @@ def make_atomic(task: Any, new_tracer: Callable[[], Callable[..., Any]]) -> None
     """The runs of this task, in this process, complete atomically. May be called again."""
     if not hasattr(task.run, "completes"):
         task.run = _completing(task, task.run)
-        task.retry = _publishing(task, task.retry)
-        task.replace = _publishing(task, task.replace)
+        task.retry = _publishing(task, task.retry, Reject)  # anything else is the function's, or the limit of retries
+        task.replace = _publishing(task, task.replace, Exception)
     task.__trace__ = _traced(task, new_tracer())
 
 
@@ -346,28 +374,35 @@ def _completing(task: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         except BaseException as exc:
             if completion is not None:
                 completion.user.close()
-                if completion.user.lost and isinstance(exc, Exception) and not isinstance(exc, TaskPredicate):
+                lost = completion.user.lost or completion.lost is not None
+                if lost and isinstance(exc, Exception) and not isinstance(exc, TaskPredicate):
                     logger.warning("task %s: its transaction was lost, it runs again: %s", completion.task_id, exc)
                     raise Reject(exc, requeue=True) from exc
             raise
         if completion is not None:
             completion.returned = True
-            completion.begin()
+            with completion.storing():
+                if completion.lost is not None:
+                    raise completion.lost  # the function has made nothing of it
+                completion.begin()
         return returned
 
     run.completes = True  # type: ignore[attr-defined]
     return run
 
 
-def _publishing(task: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """`retry` or `replace`: what it publishes takes the place of this run."""
+def _publishing(task: Any, method: Callable[..., Any], fails: type[Exception]) -> Callable[..., Any]:
+    """`retry` or `replace`: what it publishes takes the place of this run. `fails`: what it raises if it cannot."""
 
     @functools.wraps(method)
     def publish(*args: Any, **kwargs: Any) -> Any:
         completion = _own(task)
-        if completion is not None and kwargs.get("throw", True):
+        if completion is None or not kwargs.get("throw", True):
+            return method(*args, **kwargs)
+        with completion.storing():
             completion.restart()
-        return method(*args, **kwargs)
+        with completion.storing(fails):
+            return method(*args, **kwargs)
 
     return publish
 

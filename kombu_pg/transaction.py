@@ -74,6 +74,7 @@ class Transaction:
         own: this library commits it; otherwise its owner does.
         deferred: statements that run in front of the next one.
         wakes: whom to tell after the commit.
+        lost: its connection was lost; nothing of it is stored, or can be.
     """
 
     def __init__(self, database: Database, connection: Connection, *, own: bool, wakes: Wakes | None = None) -> None:
@@ -82,6 +83,7 @@ class Transaction:
         self.own = own
         self._connection = connection
         self.deferred: list[Statement[Any]] = []
+        self.lost = False
         self.wakes = Wakes() if wakes is None else wakes
         self._store = Store(database.options)
         self._resolves = False
@@ -94,7 +96,11 @@ class Transaction:
             TransactionLost: the connection was lost; nothing of the transaction is stored. (On a borrowed connection
                 its own driver's error.)
         """
-        return self._connection.run(self.with_deferred(statement))
+        try:
+            return self._connection.run(self.with_deferred(statement))
+        except errors.TransactionLost:
+            self.lost = True
+            raise
 
     def defer(self, statement: Statement[Any]) -> None:
         """Have the statement run in front of the next one or of the commit, and raise there: a round trip less."""

@@ -26,6 +26,7 @@ class TcpProxy:
         self._peers: dict[socket.socket, socket.socket] = {}
         self._unsent: dict[socket.socket, bytes] = {}
         self._stalled = False
+        self._refusals = 0
         self._commands: list[tuple[Callable[[], None], Future[None]]] = []
         self._wake_read, self._wake_write = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -55,6 +56,16 @@ class TcpProxy:
     def drop(self) -> None:
         """Reset every connection; new ones are welcome."""
         self._call(self._reset_all)
+
+    def refuse(self, count: int) -> None:
+        """Reset every connection, and the next so many new ones."""
+        self._call(lambda: setattr(self, "_refusals", count))
+        self._call(self._reset_all)
+
+    @property
+    def refusals(self) -> int:
+        """How many new connections are still to be refused."""
+        return self._refusals
 
     def stall(self) -> None:
         """Forward nothing, in neither direction; sockets stay open, and new ones are accepted by the kernel only."""
@@ -113,6 +124,10 @@ class TcpProxy:
     def _accept(self) -> None:
         assert self._listener is not None
         client, _ = self._listener.accept()
+        if self._refusals:
+            self._refusals -= 1
+            reset(client)
+            return
         try:
             server = self._connect()
         except OSError:

@@ -1,12 +1,19 @@
-"""How does a task write in the commit that completes it?"""
+"""How does a task write in the commit that completes it, and what is recorded of one that cannot?"""
 
+import contextlib
 import logging
 
 import pytest
+from acceptance.workers import hang_up
+from celery import Celery, signals
+from celery.worker.request import Request
+from conftest import through
+from kombu.exceptions import OperationalError
 from watching import eventually
 
 import celery_pg
-from celery_pg import task_connection
+from celery_pg import task_connection, worker
+from celery_pg.completion import complete_atomically
 from celery_pg.task_connection import TaskTransaction
 from kombu_pg.database import database_for
 from kombu_pg.options import Options
@@ -95,3 +102,155 @@ def test_a_session_is_flushed_and_committed_with_the_task(store, database):
 
     assert store.value("SELECT count(*) FROM own") == 1
     store.execute("DROP TABLE own")
+
+
+# A task's end, when the way to the server is lost ----------------------------------------------------------------
+
+
+class Shop:
+    """An app whose connections lead through a proxy, and what a worker's pool and main process do for a task of it."""
+
+    def __init__(self, store, proxy):
+        self.store = store
+        self.proxy = proxy
+        url = through(proxy, store.broker(sslmode="disable", gssencmode="disable"))
+        self.app = Celery("shop", broker=url, backend=url, set_as_current=False)
+        self.app.conf.update(task_acks_late=True, pg_atomic_completion=True, task_publish_retry=False)
+        self.app.task(name="callback", shared=False)(self.follow)
+        self.callback = self.app.signature("callback")
+        self._given = []
+
+    @staticmethod
+    def follow(_what):
+        """What a link or an errback runs, as a task: it takes one argument."""
+
+    def task(self, function, **options):
+        task = self.app.task(name=function.__name__, shared=False, **options)(function)
+        complete_atomically(self.app, "shop@test")
+        return task
+
+    def given(self, task, **options):
+        """The request of a task that was sent, and given to a worker."""
+        task.apply_async(**options)
+        connection = self.app.connection_for_read(self.store.broker())
+        self._given.append(connection)
+        channel = connection.default_channel
+        message = channel.message_to_python(eventually(lambda: channel.basic_get("celery")))
+        settle = {"on_ack": message.ack_log_error, "on_reject": message.reject_log_error}
+        return Request(message, app=self.app, task=task, hostname="shop@test", **settle)
+
+    def run(self, request):
+        """The end of its run, as the pool is told."""
+        request._context  # noqa: B018 - puts the embedded parts into the request
+        _, info, _, _ = request.task.__trace__(request.id, request.args, request.kwargs, request._request_dict)
+        return info
+
+    def settle(self):
+        """What the worker has noted of its messages is known to the server."""
+        while self._given:
+            self._given.pop().close()
+
+    def tasks(self):
+        return sorted(row[0] for row in self.store.execute("SELECT task FROM kombu_pg.message WHERE task IS NOT NULL"))
+
+    def state(self, request):
+        found = self.store.execute("SELECT state FROM kombu_pg.result WHERE task_id = %s", (request.id,))
+        return found[0][0] if found else None
+
+
+@pytest.fixture
+def shop(store, tcp_proxy):
+    worker.install()
+    shop = Shop(store, tcp_proxy)
+    yield shop
+    tcp_proxy.resume()
+    shop.settle()
+    hang_up(shop.app)
+    shop.app.close()
+
+
+def runs_again(info):
+    return info is not None and info.state == "REJECTED" and info.retval.requeue
+
+
+@contextlib.contextmanager
+def before_the_next_publish(act):
+    def once(**_):
+        signals.before_task_publish.disconnect(once)
+        act()
+
+    signals.before_task_publish.connect(once)
+    try:
+        yield
+    finally:
+        signals.before_task_publish.disconnect(once)
+
+
+def retrying(self):
+    raise self.retry(countdown=0)
+
+
+def replacing(self):
+    raise self.replace(self.app.signature("callback", (1,)))
+
+
+@pytest.mark.parametrize("function", [retrying, replacing])
+def test_a_retry_that_could_not_be_published_for_a_lost_connection_runs_again(function, shop):
+    request = shop.given(shop.task(function, bind=True))
+
+    with before_the_next_publish(shop.proxy.drop):
+        info = shop.run(request)
+
+    assert runs_again(info)
+    assert shop.tasks() == [function.__name__]
+    assert shop.state(request) is None
+
+
+@pytest.mark.parametrize("function", [retrying, replacing])
+def test_a_retry_that_found_no_connection_runs_again(function, shop):
+    def unlucky(self):
+        shop.proxy.refuse(1)
+        function(self)
+
+    request = shop.given(shop.task(unlucky, bind=True))
+
+    assert runs_again(shop.run(request))
+    assert shop.proxy.refusals == 0
+    assert shop.state(request) is None
+
+
+def test_a_retry_whose_function_makes_nothing_of_the_loss_runs_again(shop):
+    def swallowing(self):
+        shop.proxy.refuse(1)
+        with contextlib.suppress(Exception):
+            self.retry()
+
+    request = shop.given(shop.task(swallowing, bind=True))
+
+    assert runs_again(shop.run(request))
+    assert shop.state(request) is None
+
+
+def test_a_call_of_ones_own_that_could_not_be_published_fails_a_task_as_ever(shop):
+    def calling(self):
+        shop.proxy.refuse(1)
+        try:
+            shop.callback.delay(1)
+        except OperationalError as exc:
+            raise self.retry(exc=exc, max_retries=0) from None
+
+    request = shop.given(shop.task(calling, bind=True))
+
+    assert shop.run(request).state == "FAILURE"
+    assert shop.state(request) == "FAILURE"
+
+
+def test_a_task_that_has_returned_and_finds_no_connection_runs_again(shop):
+    def returning():
+        shop.proxy.refuse(1)
+
+    request = shop.given(shop.task(returning))
+
+    assert runs_again(shop.run(request))
+    assert shop.proxy.refusals == 0
+    assert shop.state(request) is None
