@@ -30,7 +30,7 @@ from kombu_pg import errors
 from kombu_pg.database import Database, database_for
 from kombu_pg.message import MESSAGE_ID
 from kombu_pg.store import Store
-from kombu_pg.transaction import Transaction, borrowed, same_store, transaction
+from kombu_pg.transaction import Transaction, borrowed, same_store, tell, transaction
 
 __all__ = [
     "AtomicCompletion",
@@ -103,10 +103,9 @@ class Completion:
         block.__exit__(None, None, None)
         if not opened.own:
             self.user.commit()
-            wake = opened.wake()
-            if wake is not None:
-                self._database.run(wake)
         self.done = True
+        if not opened.own:
+            tell(self._database, opened.wakes)
 
     def roll_back(self) -> None:
         """Nothing that is not committed is stored. Never raises for a lost connection: the server does the same."""

@@ -8,7 +8,6 @@ Packages that the application may not have are imported only when an object of t
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,11 +17,9 @@ from psycopg2 import extensions as pg
 
 from kombu_pg import errors
 from kombu_pg.database import Database, Rows, Statement, T
-from kombu_pg.transaction import Wakes
+from kombu_pg.transaction import Wakes, tell
 
-__all__ = ["Foreign", "UnusableConnection", "foreign", "tell"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Foreign", "UnusableConnection", "foreign"]
 
 _KINDS = (
     "a SQLAlchemy Session or Connection, a psycopg2 or psycopg 3 connection, or a Django connection or the name of one"
@@ -85,16 +82,6 @@ class Foreign(ABC):
 
     def leave(self, database: Database, wakes: Wakes) -> None:  # noqa: B027 - nothing, where there is no hook
         """The block is over; where there is a hook, they are told after the commit."""
-
-
-def tell(database: Database, wakes: Wakes) -> None:
-    """Consumers know of what was committed. Never raises: it is committed, and they look by themselves."""
-    statement = wakes.take(database)
-    if statement is not None:
-        try:
-            database.run(statement)
-        except Exception as exc:  # noqa: BLE001 - from a hook it would look like a failed commit
-            logger.warning("committed, but idle consumers were not told, they will poll: %s", exc)
 
 
 def foreign(connection: Any) -> Foreign:

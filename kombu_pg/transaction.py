@@ -21,7 +21,7 @@ from kombu_pg import errors, store
 from kombu_pg.database import Database, Session, Statement, T
 from kombu_pg.store import Outgoing, Store
 
-__all__ = ["Transaction", "Wakes", "borrowed", "current", "same_store", "transaction"]
+__all__ = ["Transaction", "Wakes", "borrowed", "current", "same_store", "tell", "transaction"]
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,16 @@ class Wakes:
         queues, due = sorted(self._queues), self._due if clock else None
         self.forget()
         return Store(database.options).wake(queues, due) if queues or due is not None else None
+
+
+def tell(database: Database, wakes: Wakes, session: Session | None = None) -> None:
+    """Consumers know of what was committed. Never raises: it is committed, and they look by themselves."""
+    statement = wakes.take(database)
+    if statement is not None:
+        try:
+            (session or database).run(statement)
+        except Exception as exc:  # noqa: BLE001 - it would look like a failed commit
+            logger.warning("committed, but idle consumers were not told, they will poll: %s", exc)
 
 
 class Transaction:
@@ -150,10 +160,6 @@ class Transaction:
         """Note whom to tell after the commit: consumers of the queues, or those that wait for a due time (epoch)."""
         self.wakes.note(queue_ids, due)
 
-    def wake(self) -> Statement[None] | None:
-        """What tells them, to be run after the commit, alone; None if nobody is to be told."""
-        return self.wakes.take(self.database)
-
     def is_mine(self) -> bool:
         """This thread, greenlet or asyncio task opened it: a thread or task that inherited it must not use it."""
         return self._owner == _who()
@@ -195,7 +201,7 @@ def transaction(database: Database) -> Iterator[Transaction]:
             except BaseException:
                 own.roll_back()
                 raise
-            _tell(session, opened.wake())
+            tell(database, opened.wakes, session)
     except errors.TransactionLost as exc:
         raise errors.Unavailable(str(exc)) from exc
 
@@ -204,7 +210,7 @@ def transaction(database: Database) -> Iterator[Transaction]:
 def borrowed(database: Database, connection: Connection, wakes: Wakes | None = None) -> Iterator[Transaction]:
     """A block whose statements run on somebody else's connection, in the transaction that is open there.
 
-    Nothing is committed; whoever commits then runs `wake()`. `wakes`: where it is noted whom to tell, if several blocks
+    Nothing is committed; whoever commits then calls `tell`. `wakes`: where it is noted whom to tell, if several blocks
     tell together, or nobody can.
     """
     opened = Transaction(database, connection, own=False, wakes=wakes)
@@ -291,11 +297,3 @@ class _Own:
                 self._session.run(store.rollback())
             except errors.Unavailable as exc:
                 logger.debug("the server rolls back what it has lost: %s", exc)
-
-
-def _tell(session: Session, wake: Statement[None] | None) -> None:
-    if wake is not None:
-        try:
-            session.run(wake)
-        except errors.Unavailable as exc:
-            logger.warning("committed, but idle consumers were not told, they will poll: %s", exc)

@@ -254,3 +254,23 @@ def test_a_task_that_has_returned_and_finds_no_connection_runs_again(shop):
     assert runs_again(shop.run(request))
     assert shop.proxy.refusals == 0
     assert shop.state(request) is None
+
+
+def test_a_completion_whose_wake_fails_is_a_completion(shop, caplog):
+    successes = []
+
+    def writing():
+        with celery_pg.task_transaction() as connection:
+            connection.exec_driver_sql("SELECT 1")
+
+    request = shop.given(shop.task(writing), link=shop.callback)
+    signals.task_success.connect(lambda **_: successes.append(1), weak=False, dispatch_uid="wake")
+    shop.store.execute("ALTER FUNCTION kombu_pg.wake(bigint[]) RENAME TO awake")
+    info = shop.run(request)
+    shop.store.execute("ALTER FUNCTION kombu_pg.awake(bigint[]) RENAME TO wake")
+    signals.task_success.disconnect(dispatch_uid="wake")
+
+    assert info is None
+    assert successes == [1]
+    assert "not told" in caplog.text
+    assert (shop.tasks(), shop.state(request)) == (["callback"], "SUCCESS")
