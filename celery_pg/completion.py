@@ -9,6 +9,9 @@ everything is rolled back. The acknowledgement that the worker sends later finds
 A failure begins a transaction anew, for its result and its errbacks: what the function and its continuations have
 stored until then is rolled back. `retry` and `replace` begin one, too, and publish in it. A task whose transaction was
 lost with its connection has not failed: it runs again, and that is counted.
+
+What a worker's main process records of a task whose process was lost or out of time goes the same way, while the server
+is away again and again; a task that was completed before is left as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from billiard.einfo import ExceptionInfo
 from celery import states
@@ -44,6 +47,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _running: ContextVar[Completion | None] = ContextVar("celery_pg_completion", default=None)
 
@@ -207,6 +212,7 @@ class AtomicCompletion:
 
     app: Any
     database: Database
+    _ensure_retryable: Callable[..., Any]
 
     def mark_as_done(self, task_id: str, *args: Any, **kwargs: Any) -> None:
         completion = current(task_id)
@@ -243,28 +249,50 @@ class AtomicCompletion:
                 fail()
                 completion.commit(reject=_is_rejected(self.app.tasks[request.task], exc))
             return
-        lost = self._lost_run(task_id, exc, request)
+        lost = self.lost_run(exc, request)
         if lost is None:
             fail()
             return
-        try:
-            lost.begin()
+
+        def fail_in_one() -> None:
             fail()
             lost.commit(reject=_is_rejected(self.app.tasks[request.task], exc))
-        except errors.AlreadyFinished:
-            logger.info("task %s was completed before its process was lost: it has not failed", task_id)
-        finally:
-            lost.roll_back()
 
-    def _lost_run(self, task_id: str, exc: Exception, request: Any) -> Completion | None:
-        """In a worker's main process, for a task whose process was lost or out of time."""
+        self.record(lost, fail_in_one)
+
+    def record(self, lost: Completion, store: Callable[[], T]) -> T:
+        """In a worker's main process: `store` what is to be known of a lost run, and commit it.
+
+        It is called again while the server is away, for as long as any result is tried to be stored.
+
+        Raises:
+            AlreadyFinished: the run was completed before its process was lost; nothing is stored.
+            Unavailable: the server is still away; it is not known whether it is stored.
+        """
+
+        def attempt() -> T:
+            try:
+                lost.restart()
+                return store()
+            except Exception as exc:
+                if _is_lost(exc) and not isinstance(exc, errors.Unavailable):
+                    raise errors.Unavailable(str(exc)) from exc
+                raise
+            finally:
+                lost.roll_back()
+
+        recorded: T = self._ensure_retryable(attempt)
+        return recorded
+
+    def lost_run(self, exc: Exception, request: Any) -> Completion | None:
+        """In a worker's main process, for a task whose process was lost or out of time: how its end is recorded."""
         task = self.app.tasks.get(getattr(request, "task", None))
         message_id = (getattr(request, "properties", None) or {}).get(MESSAGE_ID)
         if task is None or message_id is None or not is_atomic(task):
             return None
         if isinstance(exc, TimeLimitExceeded) and not getattr(task, "acks_on_timeout", _acks_on_failure(task)):
             return None  # recorded, and yet to be run again
-        return Completion(self.database, task.name, task_id, message_id)
+        return Completion(self.database, task.name, request.id, message_id)
 
 
 def _is_rejected(task: Any, exc: Exception) -> bool:

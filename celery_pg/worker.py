@@ -13,10 +13,11 @@ have it; a worker on another broker is left as it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import celery
@@ -33,7 +34,7 @@ from kombu.exceptions import ContentDisallowed
 from kombu.utils.functional import maybe_list
 
 from celery_pg.backend import PGBackend
-from celery_pg.completion import complete_atomically, require_one_store
+from celery_pg.completion import AtomicCompletion, complete_atomically, is_atomic, require_one_store
 from celery_pg.dead_letters import Heard, Listener
 from celery_pg.inspection import info, waiting
 from celery_pg.revoke import Stamps
@@ -59,6 +60,9 @@ _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, Type
 _WRAPPED = "__wrapped_by_celery_pg__"
 _SEAM = "celery_pg_seam"
 _ENDS_ELSEWHERE = "celery_pg_ends_elsewhere"
+#: Attributes of a request: what is to become of its message, behind a block; what its acknowledgement commits first.
+_SETTLING = "celery_pg_settling"
+_COMMITS = "celery_pg_commits"
 
 
 def install() -> None:
@@ -70,9 +74,11 @@ def install() -> None:
     _wrap(Consumer, "on_decode_error", _on_decode_error)
     _wrap(WorkController, "_process_task", _process_task)
     _wrap(Request, "on_failure", _on_failure)
+    _wrap(Request, "on_timeout", _on_timeout)
     _wrap(Request, "acknowledge", _acknowledge)
-    if BEFORE_5_7:
-        _wrap(Request, "on_timeout", _on_timeout)
+    _wrap(Request, "reject", _reject)
+    if not BEFORE_5_7:
+        _wrap(Request, "_retry_worker_lost", _retry_worker_lost)
     _wrap(Consumer, "update_strategies", _update_strategies)
     signals.worker_process_init.connect(_begin_pool_process, dispatch_uid=__name__)
     _wrap(Tasks, "start", _start_tasks)
@@ -199,22 +205,94 @@ def _on_failure(
             setattr(request, _ENDS_ELSEWHERE, True)
         if isinstance(exc, TimeLimitExceeded) and not return_ok and not BEFORE_5_7:
             return None
-        if isinstance(exc, Reject) and not exc.requeue and BEFORE_5_7:
-            # As Celery 5.7: a task that rejects its message for good has failed.
-            stored = request.store_errors
-            request.task.backend.mark_as_failure(request.id, exc, request=request._context, store_result=stored)
-    return original(request, exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+    with _settled_last(request):
+        if isinstance(request.message, Message) and BEFORE_5_7:
+            _record_rejected(request, exc_info)
+        return original(request, exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+
+def _record_rejected(request: Any, exc_info: Any) -> None:
+    """As Celery 5.7: a task that rejects its message for good has failed."""
+    exc = getattr(exc_info.exception, "exc", exc_info.exception)
+    if isinstance(exc, Reject) and not exc.requeue:
+        stored = request.store_errors
+        request.task.backend.mark_as_failure(request.id, exc, request=request._context, store_result=stored)
 
 
 def _on_timeout(original: Any, request: Any, soft: bool, timeout: float) -> None:
-    if soft or not isinstance(request.message, Message):
-        original(request, soft, timeout)
+    if soft or not BEFORE_5_7 or not isinstance(request.message, Message):
+        with _settled_last(request):
+            original(request, soft, timeout)
     else:
         logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, request.name, request.id)
 
 
+@contextlib.contextmanager
+def _settled_last(request: Any) -> Iterator[None]:
+    """The message of a task with atomic completion is settled behind the block, which records the task's end.
+
+    Celery settles it first. Where the end cannot be recorded, the task runs again.
+    """
+    message = request.message
+    if not isinstance(message, Message) or MESSAGE_ID not in message.properties or not is_atomic(request.task):
+        yield
+        return
+    settling: list[Callable[[], Any]] = []
+    setattr(request, _SETTLING, settling)
+    try:
+        yield
+    except errors.AlreadyFinished:
+        logger.info("task %s was completed before its process was lost: it has not failed", request.id)
+        settling[:] = [request.acknowledge]
+    except Exception as exc:
+        if settling or isinstance(exc, errors.Unavailable):
+            logger.warning("task %s: its failure could not be recorded, it runs again: %s", request.id, exc)
+            settling[:] = [functools.partial(request.reject, requeue=True)]
+        raise
+    finally:
+        delattr(request, _SETTLING)
+        for settle in settling:
+            settle()
+
+
+def _retry_worker_lost(original: Any, request: Any, exc: Exception, exc_info: Any) -> bool:
+    """The retry of a task with atomic completion takes the place of its message in one commit."""
+    backend = request.task.backend
+    ours = isinstance(request.message, Message) and isinstance(backend, AtomicCompletion)
+    lost = backend.lost_run(exc, request._context) if ours else None
+    if lost is None:
+        return bool(original(request, exc, exc_info))
+
+    def retry() -> bool:
+        retried = bool(original(request, exc, exc_info))
+        if not retried:
+            lost.require_open()  # Celery has only logged why
+        return retried
+
+    setattr(request, _COMMITS, lost)
+    try:
+        return bool(backend.record(lost, retry))
+    finally:
+        delattr(request, _COMMITS)
+
+
+def _reject(original: Any, request: Any, requeue: bool = False) -> None:
+    settling = getattr(request, _SETTLING, None)
+    if settling is None:
+        original(request, requeue=requeue)
+    else:
+        settling.append(functools.partial(request.reject, requeue=requeue))
+
+
 def _acknowledge(original: Any, request: Any) -> None:
     """A late ack counts only with the result, if a crash of the server comes between them."""
+    commits = getattr(request, _COMMITS, None)
+    if commits is not None:
+        commits.commit()
+    settling = getattr(request, _SETTLING, None)
+    if settling is not None:
+        settling.append(request.acknowledge)
+        return
     message = request.message
     if request.task.acks_late and isinstance(message, Message) and _has_result(request):
         try:

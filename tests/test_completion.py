@@ -5,6 +5,8 @@ import logging
 
 import pytest
 from acceptance.workers import hang_up
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import WorkerLostError
 from celery import Celery, signals
 from celery.worker.request import Request
 from conftest import through
@@ -14,6 +16,7 @@ from watching import eventually
 import celery_pg
 from celery_pg import task_connection, worker
 from celery_pg.completion import complete_atomically
+from celery_pg.runnable import BEFORE_5_7
 from celery_pg.task_connection import TaskTransaction
 from kombu_pg.database import database_for
 from kombu_pg.options import Options
@@ -145,6 +148,13 @@ class Shop:
         _, info, _, _ = request.task.__trace__(request.id, request.args, request.kwargs, request._request_dict)
         return info
 
+    def lose(self, request):
+        """The worker's main process hears that the process was lost that ran it."""
+        try:
+            raise WorkerLostError("killed")
+        except WorkerLostError:
+            request.on_failure(ExceptionInfo())
+
     def settle(self):
         """What the worker has noted of its messages is known to the server."""
         while self._given:
@@ -274,3 +284,91 @@ def test_a_completion_whose_wake_fails_is_a_completion(shop, caplog):
     assert successes == [1]
     assert "not told" in caplog.text
     assert (shop.tasks(), shop.state(request)) == (["callback"], "SUCCESS")
+
+
+# What the worker's main process records of a task whose process was lost ---------------------------------------------
+
+
+def working():
+    return 42
+
+
+def test_a_lost_task_has_failed_although_the_server_was_away_for_a_moment(shop):
+    request = shop.given(shop.task(working), link_error=shop.callback)
+
+    shop.proxy.refuse(2)
+    shop.lose(request)
+
+    shop.settle()
+    assert shop.proxy.refusals == 0
+    assert (shop.tasks(), shop.state(request)) == (["callback"], "FAILURE")
+
+
+def test_a_lost_task_that_cannot_be_recorded_runs_again(shop):
+    shop.app.conf.result_backend_max_retries = 1
+    request = shop.given(shop.task(working), link_error=shop.callback)
+
+    shop.proxy.cut()
+    with pytest.raises(Exception, match="refused"):
+        shop.lose(request)
+
+    shop.settle()
+    assert shop.state(request) is None
+    assert shop.store.execute("SELECT task, returns FROM kombu_pg.message JOIN kombu_pg.ready ON id = message_id") == [
+        ("working", 1)
+    ]
+
+
+def test_a_task_that_was_completed_before_its_process_was_lost_has_not_failed(shop, caplog):
+    caplog.set_level(logging.INFO)
+    failures = []
+    request = shop.given(shop.task(working, ignore_result=True), link=shop.callback, link_error=shop.callback)
+    assert shop.run(request) is None
+
+    signals.task_failure.connect(lambda **_: failures.append(1), weak=False, dispatch_uid="lost")
+    shop.lose(request)
+    signals.task_failure.disconnect(dispatch_uid="lost")
+
+    shop.settle()
+    assert failures == []
+    assert "was completed before its process was lost" in caplog.text
+    assert (shop.tasks(), shop.state(request)) == (["callback"], None)
+
+
+since_5_7 = pytest.mark.skipif(BEFORE_5_7, reason="retry_on_worker_lost came with Celery 5.7")
+
+
+@since_5_7
+def test_a_lost_task_is_retried_in_the_place_of_its_message(shop):
+    request = shop.given(shop.task(working, retry_on_worker_lost=True, default_retry_delay=0))
+
+    shop.proxy.refuse(1)
+    shop.lose(request)
+
+    shop.settle()
+    assert (shop.tasks(), shop.state(request)) == (["working"], "RETRY")
+    assert shop.store.value("SELECT count(*) FROM kombu_pg.lease") == 0
+
+
+@since_5_7
+def test_a_retry_of_a_lost_task_survives_a_connection_that_is_lost_in_it(shop):
+    request = shop.given(shop.task(working, retry_on_worker_lost=True, default_retry_delay=0))
+
+    with before_the_next_publish(shop.proxy.drop):
+        shop.lose(request)
+
+    shop.settle()
+    assert (shop.tasks(), shop.state(request)) == (["working"], "RETRY")
+
+
+@since_5_7
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_task_that_was_completed_before_its_process_was_lost_is_not_retried(ignored, shop):
+    task = shop.task(working, retry_on_worker_lost=True, ignore_result=ignored)
+    request = shop.given(task, link=shop.callback)
+    assert shop.run(request) is None
+
+    shop.lose(request)
+
+    shop.settle()
+    assert (shop.tasks(), shop.state(request)) == (["callback"], None if ignored else "SUCCESS")
