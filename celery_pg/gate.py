@@ -29,9 +29,13 @@ from kombu import Connection, Exchange, pools
 from kombu.exceptions import LimitExceeded, OperationalError
 from kombu.transport import base
 
+from celery_pg.connections import UnusableConnection
 from celery_pg.gate_calls import call_of, continues
 from celery_pg.gate_choice import GATE, SETTING, Choice, Plan, is_gate
-from kombu_pg.errors import OptionError
+from kombu_pg.database import Database, database_for
+from kombu_pg.errors import OptionError, SchemaMissing
+from kombu_pg.transaction import of_application, same_store
+from kombu_pg.transport import Transport as PGTransport
 
 __all__ = ["Gate", "Transport", "install"]
 
@@ -69,6 +73,7 @@ class Gate:
         self._choice: Choice | None = None
         self._usual: Any = None
         self._pools: dict[str, Any] = {}
+        self._databases: dict[str, Database | None] = {}
         self._commands = False
         amqp = app.amqp
         self._connect, self._sender = amqp.Connection, vars(amqp).get("send_task_message")
@@ -108,6 +113,7 @@ class Gate:
 
         Raises:
             OperationalError: the broker that was chosen cannot be reached; no other is tried.
+            UnusableConnection: inside `publish_in`, a broker was chosen that is not the one of the transaction.
         """
         _ = producer.connection.transport  # from pg-gate:// on it has the broker's own errors, which Celery retries
         if not self._is_home(producer.connection):
@@ -127,7 +133,30 @@ class Gate:
         if self._continues(message):
             return self._own
         choice = self._asked()
-        return choice.plan.brokers[choice.broker(call_of(name, message, options))]
+        chosen = choice.broker(call_of(name, message, options))
+        url = choice.plan.brokers[chosen]
+        self._refuse_outside(name, chosen, url)
+        return url
+
+    def _refuse_outside(self, name: str, chosen: str, url: str) -> None:
+        """What is called inside `publish_in` must not leave before its commit."""
+        block = of_application()
+        if block is not None and not _is_in(self._database(url), block.database):
+            raise UnusableConnection(
+                f"task {name} is called inside publish_in, but its broker is {chosen!r}: it would leave before the "
+                f"commit; choose the broker of the transaction for it in {SETTING}, or call it after the commit"
+            )
+
+    @property
+    def databases(self) -> list[Database]:
+        """Those behind its brokers, as far as they are PostgreSQL."""
+        return [found for found in map(self._database, self.plan.brokers.values()) if found is not None]
+
+    def _database(self, url: str) -> Database | None:
+        if url not in self._databases:
+            transport = self._app.connection_for_write(url).transport
+            self._databases[url] = database_for(transport.options()) if isinstance(transport, PGTransport) else None
+        return self._databases[url]
 
     def _continues(self, message: Any) -> bool:
         """Whether a worker sends it to go on with what it has received; what runs eagerly was received from nowhere."""
@@ -289,6 +318,13 @@ class Transport(base.Transport):
     def as_uri(self, uri: str, include_password: bool = False, mask: str = "**") -> str:
         """It holds no secret."""
         return uri
+
+
+def _is_in(database: Database | None, other: Database) -> bool:
+    try:
+        return database is not None and same_store(database, other)
+    except SchemaMissing:  # nothing has ever been sent there
+        return False
 
 
 def _place(connection: Any) -> Any:

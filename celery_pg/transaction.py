@@ -11,7 +11,7 @@ from celery import Celery, current_app
 from kombu import Connection
 
 from celery_pg.connections import Foreign, UnusableConnection, foreign
-from kombu_pg import schema
+from kombu_pg import errors, schema
 from kombu_pg.database import Database, database_for
 from kombu_pg.options import Options, redact
 from kombu_pg.store import Store
@@ -31,7 +31,8 @@ def publish_in(connection: Any, app: Celery | Connection | None = None, *, wake:
     Args:
         connection: a SQLAlchemy Session (it is flushed) or Connection, a psycopg2 or psycopg 3 connection, a Django
             connection or its alias.
-        app: whose broker is in the same database, the current app where it is None; or a kombu connection to it.
+        app: whose broker is in the same database, the current app where it is None; or a kombu connection to it. Behind
+            a gate, it is that one of its brokers; a call for another one raises UnusableConnection.
         wake: tell idle workers by a NOTIFY inside the transaction. Without, they are told after the commit of a Session
             or of Django's `atomic`; else they look by themselves within `poll_interval`.
 
@@ -41,13 +42,12 @@ def publish_in(connection: Any, app: Celery | Connection | None = None, *, wake:
         Unavailable: the app's broker cannot be reached to compare them, the first time.
     """
     theirs = foreign(connection)
-    database = _database(app or current_app._get_current_object())
+    databases = _databases(app or current_app._get_current_object())
     theirs.refuse_autocommit()
-    if not _is_remembered(theirs, database):
-        _refuse_other_store(theirs, database)
+    database = _shared(theirs, databases)
     wakes = theirs.enter(database)
     try:
-        with borrowed(database, theirs, wakes) as opened:
+        with borrowed(database, theirs, wakes, asked=True) as opened:
             yield
             tellers = wakes.take(database, clock=False) if wake else None
             if tellers is not None:
@@ -63,12 +63,23 @@ def publish_in(connection: Any, app: Celery | Connection | None = None, *, wake:
 _known_databases: weakref.WeakKeyDictionary[Any, Database] = weakref.WeakKeyDictionary()
 
 
-def _database(app: Celery | Connection) -> Database:
-    known_by = app if isinstance(app, Connection) else app.pool
+def _databases(app: Celery | Connection) -> list[Database]:
+    """The database of the app's broker; behind a gate there may be several."""
+    known_by = app if isinstance(app, Connection) else app.pool  # it puts in the gate that a URL asks for
+    gate = None if isinstance(app, Connection) else getattr(app.amqp, "pg_gate", None)
+    if gate is not None:
+        return _of_gate(app, gate)
     known = _known_databases.get(known_by)
     if known is None:
         known = _known_databases[known_by] = database_for(_options(app))
-    return known
+    return [known]
+
+
+def _of_gate(app: Any, gate: Any) -> list[Database]:
+    databases: list[Database] = gate.databases
+    if not databases:
+        raise UnusableConnection(f"none of the brokers in pg_gate of app {app.main!r} is PostgreSQL")
+    return databases
 
 
 def _options(app: Celery | Connection) -> Options:
@@ -93,6 +104,21 @@ def _options_of(connection: Connection, whose: str) -> Options:
 
 #: Which store (schema -> installation) a driver's connection was seen to lead to.
 _known_stores: weakref.WeakKeyDictionary[object, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+def _shared(theirs: Foreign, databases: list[Database]) -> Database:
+    """The one that the connection leads to."""
+    refused: errors.PGError | None = None
+    for database in databases:
+        try:
+            if not _is_remembered(theirs, database):
+                _refuse_other_store(theirs, database)
+        except (UnusableConnection, errors.Unavailable) as exc:
+            refused = refused or exc
+        else:
+            return database
+    assert refused is not None
+    raise refused
 
 
 def _refuse_other_store(theirs: Foreign, database: Database) -> None:

@@ -21,7 +21,7 @@ from kombu_pg import errors, store
 from kombu_pg.database import Database, Session, Statement, T
 from kombu_pg.store import Outgoing, Store
 
-__all__ = ["Transaction", "Wakes", "borrowed", "current", "same_store", "tell", "transaction"]
+__all__ = ["Transaction", "Wakes", "borrowed", "current", "of_application", "same_store", "tell", "transaction"]
 
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ class Transaction:
     Attributes:
         durable: the commit must wait for the flush (a persistent message is in it).
         own: this library commits it; otherwise its owner does.
+        asked: the application has asked for it: what it publishes meanwhile must not leave before the commit.
         deferred: statements that run in front of the next one.
         wakes: whom to tell after the commit.
         lost: its connection was lost; nothing of it is stored, or can be.
@@ -91,6 +92,7 @@ class Transaction:
         self.database = database
         self.durable = False
         self.own = own
+        self.asked = False
         self._connection = connection
         self.deferred: list[Statement[Any]] = []
         self.lost = False
@@ -176,6 +178,11 @@ def current(database: Database) -> Transaction | None:
     return None
 
 
+def of_application() -> Transaction | None:
+    """The innermost open transaction of this thread that the application has asked for, in whatever store."""
+    return next((opened for opened in reversed(_open.get()) if opened.asked and opened.is_mine()), None)
+
+
 @contextmanager
 def transaction(database: Database) -> Iterator[Transaction]:
     """A block whose statements commit together when it ends; blocks for the commit.
@@ -207,13 +214,16 @@ def transaction(database: Database) -> Iterator[Transaction]:
 
 
 @contextmanager
-def borrowed(database: Database, connection: Connection, wakes: Wakes | None = None) -> Iterator[Transaction]:
+def borrowed(
+    database: Database, connection: Connection, wakes: Wakes | None = None, *, asked: bool = False
+) -> Iterator[Transaction]:
     """A block whose statements run on somebody else's connection, in the transaction that is open there.
 
     Nothing is committed; whoever commits then calls `tell`. `wakes`: where it is noted whom to tell, if several blocks
     tell together, or nobody can.
     """
     opened = Transaction(database, connection, own=False, wakes=wakes)
+    opened.asked = asked
     with _entered(opened):
         yield opened
     opened.run_deferred()

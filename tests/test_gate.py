@@ -10,6 +10,7 @@ import threading
 import uuid
 
 import kombu
+import psycopg2
 import pytest
 from celery import Celery, chord, group
 from celery.exceptions import SoftTimeLimitExceeded
@@ -17,8 +18,10 @@ from kombu import pools
 from kombu.exceptions import OperationalError
 from watching import eventually
 
+from celery_pg import publish_in
 from celery_pg.gate import install
 from celery_pg.gate_choice import Call, Choice, Plan
+from celery_pg.transaction import UnusableConnection
 from kombu_pg.errors import OptionError
 
 BROKERS = {"rabbitmq": "amqp://one//", "postgres": "pg://two/db"}
@@ -496,3 +499,62 @@ def test_a_default_broker_that_cannot_be_reached_is_tried_again_and_raises_what_
         app.send_task("a", retry=True, retry_policy={"max_retries": 1, "errback": lambda *_: tried.append(1)})
 
     assert tried
+
+
+# Inside a transaction ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(store):
+    with contextlib.closing(psycopg2.connect(store.url)) as connection:
+        yield connection
+
+
+@pytest.mark.parametrize("by", ["install", "url"])
+def test_in_a_transaction_a_call_for_its_broker_is_part_of_it(rabbit, theirs, by):
+    app = rabbit.app(tasks(moved="new"), by)
+
+    with publish_in(theirs, app):
+        app.send_task("moved")
+    theirs.rollback()
+    with publish_in(theirs, app):
+        moved = app.send_task("moved").id
+    assert rabbit.sent("new") == []
+    theirs.commit()
+
+    assert rabbit.sent("new") == [moved]
+
+
+@pytest.mark.parametrize("default", ["old", "new"])
+def test_in_a_transaction_a_call_for_another_broker_is_refused_and_leaves_nothing(rabbit, theirs, default):
+    app = rabbit.app(tasks(moved="new", stays="old"))
+    app.conf.pg_gate["default"] = default
+
+    with publish_in(theirs, app):
+        with pytest.raises(UnusableConnection, match="task stays is called inside publish_in, but its broker is 'old'"):
+            app.send_task("stays")
+        moved = app.send_task("moved").id
+    theirs.commit()
+    stays = app.send_task("stays").id
+
+    assert rabbit.sent("old") == [stays]
+    assert rabbit.sent("new") == [moved]
+
+
+def test_a_transaction_is_the_one_of_the_broker_in_its_store(two, theirs):
+    app = two.app(tasks(moved="new"))
+    app.conf.pg_gate["brokers"] = {"rabbitmq": "amqp://one//", "old": "pg://127.0.0.1:9/nowhere", **two.urls}
+
+    with publish_in(theirs, app), pytest.raises(UnusableConnection, match="its broker is 'new'"):
+        app.send_task("moved")
+
+
+def test_a_gate_without_postgresql_has_no_transaction(rabbit, theirs):
+    app = rabbit.app()
+    app.conf.pg_gate["brokers"] = {"old": rabbit.urls["old"]}
+
+    with (
+        pytest.raises(UnusableConnection, match="none of the brokers in pg_gate of app 'gated'"),
+        publish_in(theirs, app),
+    ):
+        pass
