@@ -189,12 +189,19 @@ class _Session(_Connection):
         session = self._session
         if session.autoflush and not session._flushing:
             session.flush()  # as before any statement: in the block, a new object has its key
+        if not self._commits():
+            return Wakes(told=False)
         hook = session.info.setdefault(__name__, None) or _Hook(session)
         return hook.wakes.setdefault(database, Wakes())
 
     def leave(self, database: Database, wakes: Wakes) -> None:
-        if not self._session.in_transaction():
+        if wakes.told and not self._session.in_transaction():
             tell(database, wakes)  # it was committed in the block
+
+    def _commits(self) -> bool:
+        """False: it was given a Connection, whose owner may commit later than the session does."""
+        kinds = {kind.__name__ for kind in type(self._session.get_bind()).__mro__}
+        return "Connection" not in kinds
 
 
 class _Hook:

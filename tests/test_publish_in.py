@@ -648,6 +648,23 @@ def test_after_the_commit_of_a_session_or_of_atomic_they_are_told_at_once(shop, 
         consuming.until(1, 30)
 
 
+@pytest.mark.parametrize("mode", ["conditional_savepoint", "create_savepoint"])
+def test_of_a_session_in_an_outer_transaction_they_learn_after_the_outer_commit(shop, app, receipt, mode):
+    with (
+        engine(shop.url, "psycopg2").connect() as connection,
+        orm.Session(connection, join_transaction_mode=mode) as session,
+        Consuming(shop.broker(), "celery") as consuming,
+    ):
+        outer = connection.begin()
+        with publish_in(session, app):
+            receipt.delay()
+        session.commit()
+        consuming.rest()
+        outer.commit()
+
+        consuming.until(1, 5)
+
+
 def test_a_commit_inside_the_block_tells_and_the_block_goes_on(shop, app, receipt):
     with orm.Session(engine(shop.url, "psycopg2")) as session, Consuming(shop.broker(), "celery") as consuming:
         consuming.rest()
