@@ -54,7 +54,7 @@ class Dispatcher:
         return result
 
     def _tell_missing(self, graph_id: str, provider_id: str) -> None:
-        """A warning once for each pair: a minute later nobody wants to read it again."""
+        """A warning once for each pair, in each process: a minute later nobody wants to read it again."""
         level = logging.DEBUG if (graph_id, provider_id) in self._warned else logging.WARNING
         self._warned.add((graph_id, provider_id))
         logger.log(level, "graph %s: provider %s is not on this worker, the legacy engine runs", graph_id, provider_id)

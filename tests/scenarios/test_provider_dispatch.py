@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -139,10 +140,17 @@ def test_the_apps_own_provider_says_how_many_failed():
 def test_old_and_new_workers_on_one_queue_drain_it_and_nothing_is_lost_or_run_twice(scenario_store):
     ran = run_example("provider_dispatch", scenario_store)
 
-    rounds, counts = ran.stdout.strip().splitlines()[-1].split(": ")
-    engines = Counter({engine: int(count) for count, _, engine in (part.split() for part in counts.split(", "))})
-    assert rounds == f"5 rounds over {len(GRAPHS)} graphs"
-    assert sum(engines.values()) == 5 * len(GRAPHS)
+    *lines, last = ran.stdout.splitlines()
+    synced = [re.fullmatch(r"(\S+) by (\S+), task (\S+) on (\S+)@example", line).groups() for line in lines]
+    rounds = int(last.removesuffix(f" rounds over {len(GRAPHS)} graphs"))
+    assert Counter(graph for graph, *_ in synced) == dict.fromkeys(GRAPHS, rounds)
+    assert set(Counter(task for _, _, task, _ in synced).values()) == {1}
+    assert {(engine, worker) for _, engine, _, worker in synced} == {
+        ("legacy", "old"),
+        ("legacy", "new"),
+        ("crm", "new"),
+    }
+    assert [worker for *_, worker in (synced[0], synced[-1])] == ["old", "new"]
     assert scenario_store.value("SELECT count(*) FROM kombu_pg.message WHERE task IS NOT NULL") == 0
 
 
