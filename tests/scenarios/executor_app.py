@@ -71,6 +71,8 @@ def misbehave(document, fault=None):
     """The model that EXTRACTION_MODEL names: it does what the document says."""
     what = document.pop("do") if isinstance(document, dict) and "do" in document else "return"
     if what == "die":
+        if document.get("who") == "executor":
+            kill_executor()
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "until":
         flag = Path(os.environ["PG_QUEUE_ENABLED"])

@@ -7,6 +7,7 @@ import uuid
 import kombu
 import pytest
 from acceptance import atomic_app
+from acceptance.workers import hang_up
 from celery import Celery, chord, signals
 from celery.exceptions import NotRegistered, TimeoutError
 from kombu.exceptions import ContentDisallowed, DecodeError, EncodeError, OperationalError
@@ -77,6 +78,19 @@ def test_the_web_backend_dispatches_in_each_of_the_three_ways(mode, web):
         )
     else:
         assert listen(f"{web}/prompts/{told['prompt_id']}/events") == ("complete", {"result": "z"})
+
+
+@every_mode
+def test_a_worker_dispatches_in_each_of_the_three_ways(mode, place):
+    told = repeated_by(place, "postgres", mode, "w")
+
+    if mode == "wait":
+        assert told == {"result": "w"}
+    elif mode == "async":
+        assert place.app.AsyncResult(told["task_id"]).get(timeout=PATIENCE) == "w"
+    else:
+        *_, event = place.events.stream(told["prompt_id"])
+        assert event.startswith("event: complete")
 
 
 def test_the_browser_gets_the_errbacks_event_with_the_real_exception(web):
@@ -255,9 +269,10 @@ def test_the_caller_hears_of_a_message_that_is_not_even_json(place):
 
 @pytest.fixture(scope="module")
 def mortal(server_url, worker_id, tmp_path_factory):
-    """A worker for extractions that may die; nobody takes the callbacks, so that they can be counted."""
+    """Workers for extractions that may die; nobody takes the callbacks, so that they can be counted."""
     with placed(server_url, worker_id, tmp_path_factory.mktemp("mortal")) as place:
-        place.start("mortal", "-c", "5", "-Q", EXTRACTIONS)
+        for name in ("mortal1", "mortal2"):
+            place.start(name, "-c", "3", "-Q", EXTRACTIONS)
         yield place
 
 
@@ -300,6 +315,27 @@ def test_whoever_is_killed_and_whenever_either_nothing_has_happened_or_all_of_it
     assert mortal.messages("ide_never") == 0
 
 
+def test_on_error_fires_for_a_message_that_kills_the_executor_at_every_attempt(mortal):
+    """The executor's main process and its pool: nobody is left to say what happened."""
+    callback = f"ide_{uuid.uuid4().hex}"
+    failed = mortal.dispatcher.dispatch_with_callback(
+        EXTRACT,
+        {"document": {"do": "die", "who": "executor"}},
+        on_success=mortal.signature("ide_never"),
+        on_error=mortal.signature(callback),
+    )
+
+    def told():
+        mortal.keep_workers()
+        return mortal.messages(callback)
+
+    eventually(told, PATIENCE)
+    with pytest.raises(DeadLettered, match="more than its delivery limit allows"):
+        mortal.app.AsyncResult(failed.task_id).get(timeout=PATIENCE)
+    assert len([run for run in mortal.notes("run") if run["id"] == failed.task_id]) == 3
+    assert (mortal.messages(callback), mortal.messages("ide_never")) == (1, 0)
+
+
 # The gate --------------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +357,7 @@ def both_web(both):
 
 
 @every_mode
-@pytest.mark.parametrize("by", ["web", "worker"])
+@pytest.mark.parametrize("by", ["web", "postgres", "rabbitmq"])
 @pytest.mark.parametrize(("flag", "broker"), [("on", "postgres"), ("off", "rabbitmq"), ("unreachable", "rabbitmq")])
 def test_the_flag_decides_for_each_call_and_callbacks_follow_their_call(mode, by, flag, broker, both, both_web):
     document, worker = {"do": "where"}, f"{broker}@test"
@@ -330,7 +366,7 @@ def test_the_flag_decides_for_each_call_and_callbacks_follow_their_call(mode, by
         if by == "web":
             _, told = post(f"{both_web}/prompts", mode=mode, document=document)
         else:
-            told = repeated_by_a_worker(both, mode, document)
+            told = repeated_by(both, by, mode, document)
         if mode == "async":
             assert both.app.AsyncResult(told["task_id"]).get(timeout=PATIENCE) == worker
         if mode == "callback":
@@ -358,13 +394,18 @@ def test_callbacks_follow_their_call_although_the_flag_has_changed(
     assert both.note("run", task=callback, prompt=told["prompt_id"])["worker"] == f"{broker}@test"
 
 
-def repeated_by_a_worker(place, mode, document):
-    """A task on the worker that reads from PostgreSQL has dispatched it. -> what that one was told."""
+def repeated_by(place, worker, mode, document):
+    """A task on the worker that reads from that broker has dispatched it. -> what that one was told."""
     prompt_id = str(uuid.uuid4())
     place.events.expect(prompt_id)
-    with kombu.Connection(place.url) as connection:
-        sent = place.app.send_task("ide_repeat_prompt", (prompt_id, document, mode), connection=connection)
-    return sent.get(timeout=PATIENCE)
+    url = place.url if worker == "postgres" else place.rabbitmq
+    with contextlib.closing(Celery("no gate", broker=url, backend=place.url, set_as_current=False)) as app:
+        app.conf.task_routes = place.app.conf.task_routes
+        sent = app.send_task("ide_repeat_prompt", (prompt_id, document, mode))
+        told = sent.get(timeout=PATIENCE)
+        hang_up(app)
+    assert place.note("run", task="ide_repeat_prompt", id=sent.id)["worker"] == f"{worker}@test"
+    return told
 
 
 @pytest.mark.parametrize("flag", ["on", "off"])
