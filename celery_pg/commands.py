@@ -315,12 +315,15 @@ def _set_paused(ctx: click.Context, queue: str, as_json: bool, *, paused: bool) 
 def results(
     ctx: click.Context, task_ids: tuple[str, ...], limit: int, state: str | None, name: str | None, as_json: bool
 ) -> None:
-    """Show the latest results, or those of TASK_ID with their tracebacks; exit 1 if there is none of them."""
+    """Show the latest results, or those of TASK_ID with their tracebacks; exit 1 if there is none of them.
+
+    Without a TASK_ID, --state and --task choose among the 100,000 results that were stored last.
+    """
     options = _result_options(ctx)
     with _session(options) as session:
         schema.verify(session, options.schema)
         asked = Results(options).latest(max(limit, len(task_ids)), task_ids=task_ids, state=state, name=name)
-        seen = session.run(asked, timeout=None)
+        seen = session.run(asked)
     if as_json:
         _print_json(report.results_as_json(seen))
     else:

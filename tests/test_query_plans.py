@@ -9,6 +9,7 @@ import psycopg2
 import pytest
 from watching import Consuming, eventually, publish, publisher, seconds
 
+from celery_pg.store.results import Results
 from kombu_pg.database import Session
 from kombu_pg.feed import MARK_PERIOD, Marks
 from kombu_pg.options import Options
@@ -400,3 +401,21 @@ def test_results_are_never_read_whole(store, queue_id, what, results):
         cursor.execute(RESULT_STATEMENTS[what])
 
         assert read_whole() == set()
+
+
+@pytest.mark.parametrize("filters", [{}, {"state": "FAILURE"}, {"name": "none"}, {"task_ids": ["t1", "none"]}])
+def test_the_latest_results_are_found_without_reading_the_others(store, monkeypatch, filters):
+    monkeypatch.setattr("celery_pg.store.results.LATEST", 50)
+    store.execute(
+        "INSERT INTO kombu_pg.result (task_id, stored_at, state, name, content_type, result)"
+        " SELECT 't' || n, now() + n * interval '1 second', CASE WHEN n < 30 THEN 'FAILURE' ELSE 'SUCCESS' END,"
+        " 'shop.pay', 'json', 'x' FROM generate_series(1, 20000) AS n"
+    )
+    store.execute("ANALYZE kombu_pg.result")
+    statement = Results(Options.parse(store.broker())).latest(3, **filters)
+    with explained(store) as (cursor, read_whole):
+        cursor.execute(statement.sql, statement.parameters)
+        found = [row[0] for row in cursor.fetchall()]
+
+        assert read_whole() == set()
+    assert found == {None: ["t20000", "t19999", "t19998"], "task_ids": ["t1"]}.get(next(iter(filters), None), [])

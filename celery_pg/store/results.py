@@ -11,7 +11,10 @@ from typing import Any
 from kombu_pg.database import Rows, Statement
 from kombu_pg.options import Options
 
-__all__ = ["Looked", "NewResult", "ResultStatus", "Results", "StoredGroup", "StoredResult", "bucket"]
+__all__ = ["LATEST", "Looked", "NewResult", "ResultStatus", "Results", "StoredGroup", "StoredResult", "bucket"]
+
+#: Results that are searched for those that an operator asks for, the latest first.
+LATEST = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +149,22 @@ class Results:
     def latest(
         self, limit: int, *, task_ids: Sequence[str] = (), state: str | None = None, name: str | None = None
     ) -> Statement[list[ResultStatus]]:
-        """The results that were stored last; reads the whole table, unless tasks are given."""
-        conditions = [f"{column} = %s" for column, value in (("state", state), ("name", name)) if value is not None]
-        conditions += ["id = ANY (%s::text[])"] if task_ids else []
-        parameters = [value for value in (state, name) if value is not None] + ([list(task_ids)] if task_ids else [])
-        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        """The results that were stored last: of these tasks, or else those among the `LATEST` of all that fit."""
+        given = {"state = %s": state, "name = %s": name, "id = ANY (%s::text[])": list(task_ids) or None}
+        conditions = [condition for condition, value in given.items() if value is not None]
+        parameters = [value for value in given.values() if value is not None]
+        conditions.append("(expires_at IS NULL OR expires_at > clock_timestamp())")
+        # Not the view: what fits nothing, and what has expired and is still there, must end the search, too.
+        latest = (
+            "(SELECT task_id AS id, name, state, date_done - started_at AS runtime, worker, queue, retries, stored_at, "
+            f"expires_at, traceback FROM {self._sql}.result ORDER BY stored_at DESC LIMIT {LATEST:d}) AS latest"
+        )
         return Statement(
             "SELECT id, name, state, extract(epoch FROM clock_timestamp() - stored_at)::float8, "
             "extract(epoch FROM runtime)::float8, worker, queue, retries, "
             "extract(epoch FROM expires_at - clock_timestamp())::float8, traceback "
-            f"FROM {self._sql}.task_result {where} ORDER BY stored_at DESC LIMIT %s",
+            f"FROM {f'{self._sql}.task_result' if task_ids else latest} WHERE {' AND '.join(conditions)} "
+            "ORDER BY stored_at DESC LIMIT %s",
             (*parameters, limit),
             lambda rows: [ResultStatus(*row) for row in rows],
         )
