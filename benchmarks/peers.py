@@ -367,7 +367,7 @@ def _on_postgres(url: str) -> list[Peer]:
         Ours("pg", "celery-pg", message, ours, rows, dsn=url),
         Ours(
             "pg-flushed", "celery-pg, results flushed", f"{message}; a result, too", flushed,
-            frozenset({"worker-results", "atomic", "atomic-write"}), plain=True, dsn=url,
+            RESULTS | CHORDS | {"atomic", "atomic-write"}, plain=True, dsn=url,
         ),
         Ours("pg-plain", "celery-pg, plain", message, ours, OURS_ALONE, plain=True, dsn=url),
         Bare("bare", "bare INSERT", "the row: one commit, flushed", url, PUBLISHING | OWN_TRANSACTION, dsn=url),

@@ -10,6 +10,7 @@ __all__ = ["ROWS"]
 _PER_SECOND = "1/s"
 _BEST = ("rabbitmq", "redis")
 _UNLESS = "Each message, when its publish returned, except where the peer's line below says otherwise."
+_FLUSHED = ", except ours with `result_synchronous_commit=true` (celery-pg, results flushed)"
 _NOT_ACKS = "The tasks, when they were sent. Acknowledgements wait for no disk"
 
 
@@ -150,7 +151,7 @@ _RESULTS = (
         "get",
         "delay().get()",
         "One call after the other by one process; a worker with one child answers. The rate is that of the median.",
-        "The task, except where the peer's line below says otherwise. Results wait for no disk.",
+        f"The task, except where the peer's line below says otherwise. Results wait for no disk{_FLUSHED}.",
         (
             Figure("speed", "calls answered", _PER_SECOND, targets=(Target(0.9, _BEST),)),
             Figure("p95", "95th percentile", "ms", more_is_better=False),
@@ -161,7 +162,7 @@ _RESULTS = (
         "group500",
         f"A group of {waiting.GROUP}, from apply_async to get",
         f"group({waiting.GROUP} tasks).apply_async().get(), again and again; a worker with two children, idle before.",
-        "The tasks, except where the peer's line below says otherwise. Results wait for no disk.",
+        f"The tasks, except where the peer's line below says otherwise. Results wait for no disk{_FLUSHED}.",
         _rate("tasks sent, done and read", Target(1.2, _BEST)),
         waiting.group500,
     ),
@@ -170,7 +171,8 @@ _RESULTS = (
         f"A chord of {waiting.CHORD}, from apply_async to get",
         f"chord({waiting.CHORD} tasks)(sum).get(), again and again; a worker with two children, idle before. rpc:// "
         "has no chords.",
-        "The tasks, except where the peer's line below says otherwise. Results and counted parts wait for no disk.",
+        "The tasks, except where the peer's line below says otherwise. Results and counted parts wait for no disk"
+        f"{_FLUSHED}.",
         _rate("parts sent, done and summed", Target(1.2, ("redis",))),
         waiting.chord200,
     ),

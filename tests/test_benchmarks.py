@@ -92,6 +92,15 @@ def test_rows_with_results_are_measured_with_a_real_worker(server_url, tmp_path)
     }
 
 
+def test_every_row_that_keeps_results_is_measured_with_flushed_results_too(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    peers = importlib.import_module("benchmarks.peers")
+
+    rows = {peer.name: peer.rows for peer in peers._on_postgres("postgresql://nobody@127.0.0.1:1/none")}
+
+    assert rows["pg-flushed"] == {"get", "group500", "chord200", "worker-results", "atomic", "atomic-write"}
+
+
 def test_the_report_has_a_table_for_each_row(results, tmp_path):
     pytest.importorskip("matplotlib", reason="plots are drawn where the extra bench is installed")
     (tmp_path / "results.json").write_text(json.dumps(results))
