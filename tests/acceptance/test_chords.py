@@ -155,11 +155,20 @@ FAILING = {
 @pytest.mark.parametrize("name", FAILING)
 def test_a_failure_reaches_the_body_and_its_errbacks(canvas, canvas_store, name):
     t = Tasks(canvas)
-    errback = t.errback(task_id=f"errback of {name}")
 
-    result = FAILING[name](t, t.listed(link_error=[errback])).apply_async()
+    result = FAILING[name](t, heard(t, name)).apply_async()
 
-    with pytest.raises(ChordError, match="no"):
+    fails(canvas, canvas_store, result, name, "no")
+
+
+def heard(t, name):
+    """A body with an errback."""
+    return t.listed(link_error=[t.errback(task_id=f"errback of {name}")])
+
+
+def fails(canvas, canvas_store, result, name, error):
+    """The body fails with this error of a part, and its errback is called."""
+    with pytest.raises(ChordError, match=error):
         body(canvas, result).get(timeout=WITHIN)
     eventually(lambda: f"errback of {name}" in canvas_store.ended(), WITHIN, "the errback runs")
 
@@ -171,44 +180,40 @@ def test_a_failure_in_the_body_is_its_own(canvas):
         body(canvas, t.chord([t.add(1)], t.failing()).apply_async()).get(timeout=WITHIN)
 
 
-def test_an_expired_part_fails_the_body(canvas):
+LOST = {
+    "an expired part": (lambda t: t.add(2).set(expires=-1), "TaskRevokedError"),
+    "a part whose process is lost": (lambda t: t.dying(), "WorkerLostError"),
+    "a part that is out of time": (lambda t: t.endless(), "TimeLimitExceeded"),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_part_that_never_returns_reaches_the_body_and_its_errbacks(canvas, canvas_store, name):
+    part, error = LOST[name]
     t = Tasks(canvas)
 
-    with pytest.raises(ChordError, match="TaskRevokedError"):
-        body(canvas, t.chord([t.add(1), t.add(2).set(expires=-1)]).apply_async()).get(timeout=WITHIN)
+    result = t.chord([t.add(1), part(t)], heard(t, name)).apply_async()
+
+    fails(canvas, canvas_store, result, name, error)
 
 
-def test_a_revoked_part_fails_the_body(canvas):
+def test_a_revoked_part_reaches_the_body_and_its_errbacks(canvas, canvas_store):
     t = Tasks(canvas)
     canvas.control.revoke("revoked part", reply=True, timeout=30, limit=1)
 
-    with pytest.raises(ChordError, match="TaskRevokedError"):
-        body(canvas, t.chord([t.add(1), t.add(2, task_id="revoked part")]).apply_async()).get(timeout=WITHIN)
+    result = t.chord([t.add(1), t.add(2, task_id="revoked part")], heard(t, "revoked")).apply_async()
+
+    fails(canvas, canvas_store, result, "revoked", "TaskRevokedError")
 
 
-def test_a_part_whose_process_is_lost_fails_the_body(canvas):
+def test_a_terminated_part_reaches_the_body_and_its_errbacks(canvas, canvas_store):
     t = Tasks(canvas)
-
-    with pytest.raises(ChordError, match="WorkerLostError"):
-        body(canvas, t.chord([t.add(1), t.dying()]).apply_async()).get(timeout=WITHIN)
-
-
-def test_a_part_that_is_out_of_time_fails_the_body(canvas):
-    t = Tasks(canvas)
-
-    with pytest.raises(ChordError, match="TimeLimitExceeded"):
-        body(canvas, t.chord([t.add(1), t.endless()]).apply_async()).get(timeout=WITHIN)
-
-
-def test_a_terminated_part_fails_the_body(canvas, canvas_store):
-    t = Tasks(canvas)
-    result = t.chord([t.add(1), t.later(2, 60, task_id="terminated part")]).apply_async()
+    result = t.chord([t.add(1), t.later(2, 60, task_id="terminated part")], heard(t, "terminated")).apply_async()
     eventually(lambda: "terminated part" in canvas_store.started(), WITHIN)
 
     canvas.control.terminate("terminated part")
 
-    with pytest.raises(ChordError, match="TaskRevokedError"):
-        body(canvas, result).get(timeout=WITHIN)
+    fails(canvas, canvas_store, result, "terminated", "TaskRevokedError")
 
 
 def test_a_part_that_ran_in_a_killed_worker_counts_once_elsewhere(app, store, start_worker, broker):
