@@ -27,6 +27,7 @@ from kombu_pg import transaction
 WITHIN = 30
 TOLD = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database WHERE d.datname = current_database()" \
        " AND l.locktype = 'advisory' AND l.mode = 'ShareLock' AND l.granted"  # fmt: skip
+HOLDERS = TOLD.replace("count(*)", "count(DISTINCT l.pid)", 1)
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'kombu_pg'"
 
 
@@ -323,18 +324,25 @@ def test_what_may_not_be_decoded_fails_only_the_get_that_waits_for_it(store, wor
 # Many
 
 
-def test_many_threads_wait_over_one_connection(app, worker, store, getting):
-    results = [sent(app, f"t{number}") for number in range(40)]
-    waiting = [getting(result.get, timeout=WITHIN) for result, _ in results]
-    eventually(lambda: len(app.backend.result_consumer._waiters) == 40, WITHIN)
-    somebody_waits(store)
-    listening = store.value(SESSIONS + " AND query NOT LIKE '%%store_result%%'")
+def test_one_connection_listens_for_all_results_of_a_process(store, worker, getting):
+    with closing(make(store.broker(application_name="waits"))) as app:
+        app.backend.database  # noqa: B018 - the other connection, which reads and stores, is opened
+        several = [sent(app, f"t{number}") for number in range(20)] + sent_by_many(app, 20)
+        several += [(app.AsyncResult(f"s{number}"), None) for number in range(20)]
+        called = []
+        (then, _), *awaited = several
+        then.then(lambda _: called.append(1))
+        waiting = [getting(result.get, timeout=WITHIN) for result, _ in awaited]
+        eventually(lambda: len(app.backend.result_consumer._waiters) == 59, WITHIN)
+        somebody_waits(store, 3)
 
-    for number, (_, request) in enumerate(results):
-        worker.mark_as_done(f"t{number}", number, request=request)
-
-    assert [one.result(WITHIN) for one in waiting] == list(range(40))
-    assert listening <= 3  # that one, the pool's after the schema check, and the other app's
+        assert store.value("SELECT count(*) FROM pg_stat_activity"
+                           " WHERE datname = current_database() AND application_name = 'waits'") == 2  # fmt: skip
+        assert store.value(HOLDERS) == 1
+        for result, request in several:
+            worker.mark_as_done(result.id, result.id, request=request)
+        assert [one.result(WITHIN) for one in waiting] == [result.id for result, _ in awaited]
+        eventually(lambda: called, WITHIN, "the callback is called")
 
 
 def sent_by_many(app, count, name="m"):
@@ -429,8 +437,8 @@ def test_a_task_whose_sender_was_forgotten_before_another_one_took_its_place_is_
     assert others.result(WITHIN) == list(range(40))
 
 
-def group_of(app, count):
-    results = [sent(app, f"g{number}") for number in range(count)]
+def group_of(app, count, name="g"):
+    results = [sent(app, f"{name}{number}") for number in range(count)]
     return GroupResult("g", [result for result, _ in results], app=app), [request for _, request in results]
 
 
@@ -467,6 +475,21 @@ def test_iter_native_yields_what_is_there_before_the_rest(app, worker, store):
     assert sorted(task_id for task_id, _ in arrived) == ["g0", "g2"]
 
 
+def test_iter_native_is_woken_for_each_result_as_it_comes(app, worker, getting):
+    group, requests = group_of(app, 3)
+    arrived = group.iter_native(timeout=WITHIN)
+    for number in (2, 0, 1):
+        waiting = getting(next, arrived)
+        quiet(app.backend.result_consumer)
+        assert not waiting.done()
+
+        worker.mark_as_done(f"g{number}", number, request=requests[number])
+
+        task_id, meta = waiting.result(WITHIN)
+        assert (task_id, meta["result"]) == (f"g{number}", number)
+    assert list(arrived) == []
+
+
 def test_a_group_with_a_failure_raises_it(app, worker):
     group, requests = group_of(app, 3)
     worker.mark_as_failure("g1", ValueError("no"), request=requests[1])
@@ -498,6 +521,19 @@ def test_get_many_yields_each_result_as_it_comes(app, worker):
 
     assert [first[0], *(task_id for task_id, _ in many)] == ["a", "b"]
     assert [task_id for task_id, _ in app.backend.get_many(["b", "none"], max_iterations=1)] == ["b"]
+
+
+def test_get_many_is_woken_for_each_result_as_it_comes(app, worker, getting):
+    many = app.backend.get_many(["a", "b"], timeout=WITHIN)
+    for task_id in ("b", "a"):
+        waiting = getting(next, many)
+        quiet(app.backend.result_consumer)
+        assert not waiting.done()
+
+        worker.mark_as_done(task_id, task_id)
+
+        assert waiting.result(WITHIN)[0] == task_id
+    assert list(many) == []
 
 
 def test_an_empty_group_has_no_results(app):
@@ -840,7 +876,7 @@ def test_under_gevent_a_callback_whose_notification_is_lost_is_called(store):
 # The hunt
 
 
-def hunt(app, worker, store, rounds):
+def hunt(app, worker, rounds, groups):
     """Results that are stored while somebody begins, or ceases, to wait for them: none may be missed."""
     with ThreadPoolExecutor(4) as pool:
         for number in range(rounds):
@@ -848,24 +884,21 @@ def hunt(app, worker, store, rounds):
             storing = pool.submit(worker.mark_as_done, f"h{number}", number, request=request)
             assert result.get(timeout=WITHIN) == number
             storing.result(WITHIN)
-        for _ in range(rounds // 20):
-            group, requests = group_of(app, 20)
-            for task_id in [result.id for result in group.results]:
-                worker.forget(task_id)
-                app.backend.forget(task_id)
+        for number in range(groups):
+            group, requests = group_of(app, 20, f"g{number}.")
             storing = [
-                pool.submit(worker.mark_as_done, f"g{part}", part, request=request)
+                pool.submit(worker.mark_as_done, request.id, part, request=request)
                 for part, request in enumerate(requests)
             ]
             assert group.get(timeout=WITHIN) == list(range(20))
             [one.result(WITHIN) for one in storing]
 
 
-def test_no_wake_up_is_missed(app, worker, store):
-    hunt(app, worker, store, 200)
+def test_no_wake_up_is_missed(app, worker):
+    hunt(app, worker, rounds=200, groups=20)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_no_wake_up_is_missed_in_two_thousand_rounds(app, worker, store):
-    hunt(app, worker, store, 2000)
+def test_no_wake_up_is_missed_in_two_thousand_rounds_of_either(app, worker):
+    hunt(app, worker, rounds=2000, groups=2000)
