@@ -24,7 +24,7 @@ from kombu.serialization import registry as serializers
 from kombu.utils.encoding import ensure_bytes
 
 from celery_pg.chords import NativeChords
-from celery_pg.completion import AtomicCompletion
+from celery_pg.completion import AtomicCompletion, require_acks_late
 from celery_pg.retrying import Retrying
 from celery_pg.store.results import NewResult, Results, StoredResult
 from celery_pg.waiting import ResultConsumer
@@ -78,7 +78,7 @@ class PGBackend(AtomicCompletion, NativeChords, Retrying, AsyncBackendMixin, Bac
         self._database: Database | None = None
         self._opening = threading.Lock()
         self._expire_at = 0.0
-        self._checked = False
+        self._checked = self._knows_tasks = False
         self.result_consumer = ResultConsumer(self, app, self.accept, self._pending_results, self._pending_messages)
         _backends.add(self)
 
@@ -273,6 +273,9 @@ class PGBackend(AtomicCompletion, NativeChords, Retrying, AsyncBackendMixin, Bac
     # Waiting
 
     def on_task_call(self, producer: Any, task_id: str) -> dict[str, Any]:
+        if not self._knows_tasks:
+            require_acks_late(self.app)
+            self._knows_tasks = True
         # Nothing is connected for this: an app that never asks for a result never listens.
         if not task_join_will_block():
             self.result_consumer.sent(task_id)

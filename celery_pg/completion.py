@@ -42,6 +42,7 @@ __all__ = [
     "current",
     "is_atomic",
     "make_atomic",
+    "require_acks_late",
     "require_one_store",
     "task_transaction",
 ]
@@ -316,6 +317,18 @@ def is_atomic(task: Any) -> bool:
             "set acks_late=True"
         )
     return bool(task.acks_late and (task.app.conf.get("pg_atomic_completion", False) if wanted is None else wanted))
+
+
+def require_acks_late(app: Any) -> None:
+    """Return if no task of the app asks for what it cannot have.
+
+    Celery calls nobody of ours when a task is registered: so this is asked before the first call whose result is kept.
+
+    Raises:
+        ImproperlyConfigured: a task says that it completes atomically, and is not `acks_late`.
+    """
+    if app.finalized or app.autofinalize:
+        _atomic_tasks(app)
 
 
 def complete_atomically(app: Any, hostname: str) -> None:

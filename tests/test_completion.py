@@ -8,6 +8,7 @@ from acceptance.workers import hang_up
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import WorkerLostError
 from celery import Celery, signals
+from celery.exceptions import ImproperlyConfigured
 from celery.worker.request import Request
 from conftest import through
 from kombu.exceptions import OperationalError
@@ -105,6 +106,16 @@ def test_a_session_is_flushed_and_committed_with_the_task(store, database):
 
     assert store.value("SELECT count(*) FROM own") == 1
     store.execute("DROP TABLE own")
+
+
+def test_a_task_that_is_not_acks_late_is_refused_when_it_is_called(store):
+    with Celery("web", broker=store.broker(), backend=store.broker(), set_as_current=False) as app:
+        early = app.task(name="early", atomic_completion=True, shared=False)(working)
+
+        with pytest.raises(ImproperlyConfigured, match="task early has atomic_completion, but not acks_late"):
+            early.delay()
+
+    assert store.value("SELECT count(*) FROM kombu_pg.message") == 0
 
 
 # A task's end, when the way to the server is lost ----------------------------------------------------------------
