@@ -16,8 +16,10 @@ from celery_pg import publish_in, task_transaction
 
 STORE = "ATOMIC_STORE"
 SETTINGS = "ATOMIC_SETTINGS"
-#: Where a task may be hit, from the end of its function to the worker's acknowledgement.
-POINTS = ("returned", "before publish", "after publish", "succeeded", "ended")
+#: Where a task may be hit, from the end of its function to the worker's acknowledgement. "stored": its result is there,
+#: and not committed; it waits for STOPPED, an advisory lock, and the test hits it.
+POINTS = ("returned", "before publish", "after publish", "stored", "succeeded", "ended")
+STOPPED = 4242
 #: Who dies there.
 VICTIMS = ("child", "parent", "backend")
 
@@ -44,7 +46,7 @@ def strike(point):
     """Whoever the running task's fault names dies, if this is the point, and its first run."""
     request = current_task.request if current_task else None
     fault = (request.kwargs or {}).get("fault") if request else None
-    if fault and fault[0] == point and not request.delivery_info.get("redelivered"):
+    if fault and fault[0] == point and not request.retries and not request.delivery_info.get("redelivered"):
         STRIKES[fault[1]]()
 
 
@@ -76,6 +78,8 @@ def _after_publish(**_):
 
 
 @signals.task_success.connect
+@signals.task_failure.connect
+@signals.task_retry.connect
 def _succeeded(**_):
     strike("succeeded")
 
@@ -90,6 +94,44 @@ def work(number, fault=None):
     write(f"work {number}")
     strike("returned")
     return number
+
+
+@app.task
+def broken(number, fault=None):
+    write("rolled back")
+    strike("returned")
+    raise ValueError("on purpose")
+
+
+@app.task(bind=True, max_retries=1)
+def again(self, number, fault=None):
+    write(f"again {number}" if self.request.retries else "rolled back")
+    strike("returned")
+    if not self.request.retries:
+        raise self.retry(countdown=0)
+    return number
+
+
+@app.task(bind=True)
+def handing_over(self, number, fault=None):
+    write("rolled back")
+    strike("returned")
+    raise self.replace(work.s(number))
+
+
+def survived(number, fault=None):
+    """Its process dies behind the commit."""
+    write(f"survived {number}")
+    return number
+
+
+SURVIVED = {
+    "survived": {},
+    "survived_quietly": {"ignore_result": True},
+    "survived_retrying": {"ignore_result": True, "retry_on_worker_lost": True},
+}
+for _name, _options in SURVIVED.items():
+    app.task(survived, name=f"atomic_app.{_name}", reject_on_worker_lost=False, **_options)
 
 
 @app.task
