@@ -58,6 +58,8 @@ def savepoint(execute):
     except BaseException:
         execute("ROLLBACK TO SAVEPOINT inner_block")
         raise
+    finally:
+        execute("RELEASE SAVEPOINT inner_block")  # or the next one would hide those around it
 
 
 @contextlib.contextmanager
@@ -259,14 +261,18 @@ def test_a_task_of_a_transaction_that_was_rolled_back_never_was(tell, shop, app,
     assert purchases(shop) == 0
 
 
-def test_a_savepoint_takes_back_what_was_published_since(tell, shop, app, receipt):
+def test_a_savepoint_takes_back_what_was_published_since_also_in_savepoints_within(tell, shop, app, receipt):
     def story(theirs):
         with theirs.transaction(), publish_in(theirs.argument, app):
-            kept = receipt.delay("before")
-            with contextlib.suppress(ZeroDivisionError), theirs.savepoint():
-                receipt.delay("inside")
-                raise ZeroDivisionError
-            return {kept.id, receipt.delay("after").id}
+            before = receipt.delay("before")
+            with theirs.savepoint():
+                inside = receipt.delay("inside")
+                with contextlib.suppress(ZeroDivisionError), theirs.savepoint():
+                    receipt.delay("taken back")
+                    with theirs.savepoint():
+                        receipt.delay("kept in what is taken back")
+                    raise ZeroDivisionError
+            return {before.id, inside.id, receipt.delay("after").id}
 
     assert tell(story) == tasks(shop)
 
@@ -440,10 +446,17 @@ def test_a_message_for_a_queue_that_was_deleted_meanwhile_goes_with_the_queue(sh
 # Who is in the block -------------------------------------------------------------------------------------------
 
 
+def at_once(shop):
+    """How many of fifty transactions the server takes at once, beside what else is connected."""
+    room = shop.value("SELECT current_setting('max_connections')::int - count(*) FROM pg_stat_activity")
+    return next(count for count in (50, 25, 10) if count + 25 <= room or count == 10)
+
+
 def test_fifty_threads_each_publish_in_a_transaction_of_their_own(shop, app, receipt):
     receipt.delay()  # the queue is there
     committed, failures = tasks(shop), []
-    connections_left = threading.Semaphore(16)  # the server has not enough for all at once
+    together = threading.Barrier(at_once(shop))
+    connections_left = threading.Semaphore(together.parties)
 
     def work(number):
         try:
@@ -457,13 +470,14 @@ def test_fifty_threads_each_publish_in_a_transaction_of_their_own(shop, app, rec
             theirs.execute(BUY)
             with publish_in(theirs.argument, app):
                 sent = [receipt.delay(number).id for _ in range(3)]
+                together.wait(60)  # all of them are open
             committed.update(sent if number % 2 else [1 / 0])
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(50)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(90)
 
     assert failures == []
     assert purchases(shop) == 25
@@ -543,6 +557,39 @@ def test_settings_cursors_and_paths_of_a_connection_are_neither_used_nor_changed
         )
 
     assert tasks(shop) == {sent.id}
+
+
+class Recording(psycopg2.extensions.connection):
+    """A connection that notes what is executed on it, by whatever cursor."""
+
+    executed: list[str]
+
+    def cursor(self, *_args, **_kwargs):
+        executed = self.executed
+
+        class Cursor(psycopg2.extensions.cursor):
+            def execute(self, statement, parameters=None):
+                executed.append(statement)
+                super().execute(statement, parameters)
+
+        return super().cursor(cursor_factory=Cursor)
+
+
+def test_one_statement_for_each_message_runs_in_the_transaction_and_at_first_two_that_ask_which_store_it_is(
+    shop, app, receipt
+):
+    with contextlib.closing(psycopg2.connect(shop.url, connection_factory=Recording)) as connection:
+        connection.executed = []
+        for messages in (1, 3):
+            with connection, publish_in(connection, app):
+                for number in range(messages):
+                    receipt.apply_async((number,), countdown=60 * number)
+
+    allowed, installation, *statements = connection.executed
+    assert "has_schema_privilege" in allowed
+    assert ".installation" in installation
+    assert len(statements) == 4
+    assert all(statement.startswith("SELECT") and statement.count("enqueue_borrowed") == 1 for statement in statements)
 
 
 def test_a_row_factory_of_psycopg_is_not_used(shop, app, receipt):
