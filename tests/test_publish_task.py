@@ -1,9 +1,12 @@
 """Does the function publish_task send what Celery itself would have sent?"""
 
+import asyncio
+import contextlib
 import json
 import threading
 from datetime import datetime
 
+import asyncpg
 import kombu
 import psycopg2
 import psycopg2.errors
@@ -48,6 +51,26 @@ def call(store, name, args=(), kwargs=None, options=None):
     """The id of a task that was published by SQL."""
     texts = [json.dumps(value) for value in (list(args), kwargs or {}, options or {})]
     return store.value("SELECT kombu_pg.publish_task(%s, %s, %s, %s)", [name, *texts])
+
+
+def test_through_asyncpg_a_task_is_part_of_the_transaction(app, store):
+    async def main():
+        connection = await asyncpg.connect(store.url)
+        publish = "SELECT kombu_pg.publish_task($1, $2, $3, $4)"
+        with contextlib.suppress(ZeroDivisionError):
+            async with connection.transaction():
+                await connection.fetchval(publish, "t", "[1]", "{}", "{}")
+                raise ZeroDivisionError
+        async with connection.transaction():
+            sent = await connection.fetchval(publish, "t", "[2]", '{"n": 3}', '{"queue": "mail", "priority": 1}')
+        await connection.close()
+        return sent
+
+    sent = asyncio.run(main())
+
+    (message,) = received(store, "mail", 1)
+    assert (message.headers["id"], message.payload[:2]) == (sent, [[2], {"n": 3}])
+    assert store.value("SELECT count(*) FROM kombu_pg.message") == 0
 
 
 def received(store, queue, count):
