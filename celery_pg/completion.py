@@ -293,7 +293,7 @@ class AtomicCompletion:
             return None
         if isinstance(exc, TimeLimitExceeded) and not getattr(task, "acks_on_timeout", _acks_on_failure(task)):
             return None  # recorded, and yet to be run again
-        return Completion(self.database, task.name, request.id, message_id)
+        return Completion(self._ensure_retryable(lambda: self.database), task.name, request.id, message_id)
 
 
 def _is_rejected(task: Any, exc: Exception) -> bool:
