@@ -39,7 +39,7 @@ class TaskTransaction:
     Attributes:
         task: whose it is, for people to read.
         ending: the completion is committing it.
-        lost: it was rolled back because its connection was lost. Known from `close` on.
+        lost: it was rolled back because its connection was lost, or there was none. Known from `close` on.
     """
 
     def __init__(self, database: Database, task: str) -> None:
@@ -134,8 +134,12 @@ class TaskTransaction:
 
     def _open(self) -> sqlalchemy.Connection:
         if self._connection is None:
-            with _as_ours():
-                self._connection = _engine(self._database).connect()
+            try:
+                with _as_ours():
+                    self._connection = _engine(self._database).connect()
+            except errors.Unavailable:
+                self.lost = True
+                raise
             self._connection.info[_OWNER] = self
         return self._connection
 

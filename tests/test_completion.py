@@ -277,6 +277,19 @@ def test_a_task_that_has_returned_and_finds_no_connection_runs_again(shop):
     assert shop.state(request) is None
 
 
+def test_a_task_whose_transaction_finds_no_connection_runs_again(shop):
+    def opening():
+        shop.proxy.refuse(1)
+        with celery_pg.task_transaction() as connection:
+            connection.exec_driver_sql("SELECT 1")
+
+    request = shop.given(shop.task(opening))
+
+    assert runs_again(shop.run(request))
+    assert shop.proxy.refusals == 0
+    assert shop.state(request) is None
+
+
 def test_a_completion_whose_wake_fails_is_a_completion(shop, caplog):
     successes = []
 
