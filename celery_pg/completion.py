@@ -382,20 +382,36 @@ def _traced(task: Any, tracer: Callable[..., Any]) -> Callable[..., Any]:
         message_id = ((request or {}).get("properties") or {}).get(MESSAGE_ID)
         if message_id is None:
             return tracer(uuid, args, kwargs, request)
-        completion = Completion(task.backend.database, task.name, uuid, message_id)
-        token = _running.set(completion)
         try:
-            traced = tracer(uuid, args, kwargs, request)
-            _complete_what_stores_nothing(completion, traced[1])
-            return traced
+            return trace_atomically(_begun(task, uuid, message_id), args, kwargs, request)
         except Reject as exc:
             # As the tracer itself answers one that the function has raised: only the prefork pool would catch this one.
             return trace_ok_t(ExceptionInfo(internal=True), TraceInfo(states.REJECTED, exc), 0.0, None)
+
+    def trace_atomically(completion: Completion, args: Any, kwargs: Any, request: Any) -> Any:
+        token = _running.set(completion)
+        try:
+            traced = tracer(completion.task_id, args, kwargs, request)
+            _complete_what_stores_nothing(completion, traced[1])
+            return traced
         finally:
             _running.reset(token)
             completion.roll_back()
 
     return trace
+
+
+def _begun(task: Any, task_id: str, message_id: int) -> Completion:
+    """How this run is to end.
+
+    Raises:
+        Reject: the process's first look at the result backend found no connection: the task is to run again.
+    """
+    try:
+        return Completion(task.backend.database, task.name, task_id, message_id)
+    except errors.Unavailable as exc:
+        logger.warning("task %s: its results cannot be reached, it runs again: %s", task_id, exc)
+        raise Reject(exc, requeue=True) from exc
 
 
 def _complete_what_stores_nothing(completion: Completion, info: Any) -> None:

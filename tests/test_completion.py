@@ -156,7 +156,8 @@ class Shop:
     def run(self, request):
         """The end of its run, as the pool is told."""
         request._context  # noqa: B018 - puts the embedded parts into the request
-        _, info, _, _ = request.task.__trace__(request.id, request.args, request.kwargs, request._request_dict)
+        told, info, _, _ = request.task.__trace__(request.id, request.args, request.kwargs, request._request_dict)
+        assert info is None or getattr(told.exception, "exc", told.exception) is info.retval
         return info
 
     def lose(self, request):
@@ -273,6 +274,17 @@ def test_a_task_that_has_returned_and_finds_no_connection_runs_again(shop):
     request = shop.given(shop.task(returning))
 
     assert runs_again(shop.run(request))
+    assert shop.proxy.refusals == 0
+    assert shop.state(request) is None
+
+
+def test_the_first_task_of_a_process_that_finds_no_connection_runs_again(shop):
+    request = shop.given(shop.task(working))
+    shop.proxy.refuse(1)
+
+    info = shop.run(request)
+
+    assert runs_again(info)
     assert shop.proxy.refusals == 0
     assert shop.state(request) is None
 
