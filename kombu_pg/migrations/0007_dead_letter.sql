@@ -206,6 +206,8 @@ BEGIN
 END $$;
 
 -- Let the oldest messages (of the lowest priority first) die where there are too many; returns the queues to wake.
+-- One of those that come at once makes up for all that is too much, the others each for one message: they do not see what he
+-- drops, and together would drop too many.
 CREATE FUNCTION kombu_pg.drop_heads(p_queues bigint[]) RETURNS bigint[]
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
@@ -213,6 +215,7 @@ DECLARE
     v_excess record;
     v_messages bigint;
     v_bytes bigint;
+    v_alone boolean;
     v_head bigint;
     v_heads bigint[];
     v_woken bigint[] := '{}';
@@ -221,6 +224,7 @@ BEGIN
         SELECT q.* FROM kombu_pg.queue q
          WHERE q.id = ANY (p_queues) AND q.limited AND coalesce(q.overflow, 'drop-head') = 'drop-head' ORDER BY q.id
     LOOP
+        v_alone := pg_try_advisory_xact_lock(kombu_pg.lock_key('drop', v_queue.id));
         v_excess := kombu_pg.excess(v_queue);
         v_messages := v_excess.messages;
         v_bytes := v_excess.bytes;
@@ -238,6 +242,7 @@ BEGIN
             RETURNING r.message_id INTO v_head;
             EXIT WHEN NOT FOUND;
             v_heads := v_heads || v_head;
+            EXIT WHEN NOT v_alone;
             v_messages := v_messages - 1;
             v_bytes := v_bytes - coalesce((SELECT octet_length(m.body) FROM kombu_pg.message m WHERE m.id = v_head), 0);
         END LOOP;
