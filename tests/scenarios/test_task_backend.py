@@ -32,8 +32,11 @@ tracking = pytest.mark.parametrize("kind", ["async", "postgres"])
 
 
 @pytest.fixture
-def url(scenario_store):
-    return scenario_store.broker(reconnect_grace=0.5)
+def url(request):
+    """Of a database, where the backend needs one."""
+    if "kind" in request.fixturenames and request.getfixturevalue("kind") != "postgres":
+        return None
+    return request.getfixturevalue("scenario_store").broker(reconnect_grace=0.5)
 
 
 @pytest.fixture
