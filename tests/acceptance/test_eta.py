@@ -43,7 +43,7 @@ def latency(app, store):
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_far_etas_take_no_memory_in_the_worker(app, store, start_worker, count):
     worker = start_worker("-c", "1")
     for _ in range(200):

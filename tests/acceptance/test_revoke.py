@@ -117,7 +117,7 @@ def test_inspect_lists_what_waits_in_the_database(lab):
     lab.pause("celery")
     ready = lab.send("note").id
 
-    inspect = lab.app.control.inspect(timeout=10)
+    inspect = lab.app.control.inspect(timeout=10, limit=1)
     (scheduled,) = inspect.scheduled().values()
     (queried,) = inspect.query_task([later[0], ready, "nobody"]).values()
 
