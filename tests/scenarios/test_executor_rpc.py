@@ -286,9 +286,13 @@ def standing(place, task_id, callback):
     )[0]
 
 
+#: Where a task strikes by itself.
+POINTS = tuple(point for point in atomic_app.POINTS if point != "stored")
+
+
 @pytest.mark.parametrize(
     ("victim", "points"),
-    [("child", atomic_app.POINTS), *(("executor", [point]) for point in ("after publish", "ended"))],
+    [("child", POINTS), *(("executor", [point]) for point in ("after publish", "ended"))],
 )
 def test_whoever_is_killed_and_whenever_either_nothing_has_happened_or_all_of_it(victim, points, mortal):
     calls = {}
