@@ -33,6 +33,7 @@ from kombu_pg.database import Database, Statement, T, database_for, forget_after
 from kombu_pg.options import Options, redact
 from kombu_pg.transaction import same_store
 from kombu_pg.transport import Transport
+from kombu_pg.url import has_secret_query
 
 __all__ = ["PGBackend"]
 
@@ -74,6 +75,11 @@ class PGBackend(AtomicCompletion, NativeChords, Retrying, AsyncBackendMixin, Bac
             url or "",
             connect_timeout=conf.broker_connection_timeout or None,  # as the transport: one pool for both
         )
+        if has_secret_query(url or ""):
+            logger.warning(
+                "result_backend has a password in its query, which `celery report` shows: put it in front of the @, "
+                "or into libpq's password file"
+            )
         self.results = Results(self.options)
         self._database: Database | None = None
         self._opening = threading.Lock()
@@ -87,8 +93,9 @@ class PGBackend(AtomicCompletion, NativeChords, Retrying, AsyncBackendMixin, Bac
 
     def as_uri(self, include_password: bool = False) -> str:
         url = self.url or ""
-        # Celery cuts pg+embedded:// at its first "+".
-        url = f"pg+{url}" if url.startswith("embedded:") else url
+        # Celery cuts pg+embedded:// and postgresql+psycopg2:// at the "+".
+        cut = {"embedded": "pg+", "psycopg2": "postgresql+"}.get(url.partition(":")[0], "")
+        url = f"{cut}{url}"
         return url if include_password else redact(url)
 
     # The store

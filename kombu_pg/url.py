@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from kombu_pg.errors import OptionError
 
-__all__ = ["SECRETS", "Url", "from_components", "join_password", "redact", "split_password"]
+__all__ = ["SECRETS", "Url", "from_components", "has_secret_query", "join_password", "redact", "split_password"]
 
 SECRETS = frozenset({"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"})
 
@@ -163,6 +163,14 @@ def join_password(url: str, password: str | None) -> str:
     if "password" in secrets and not own and "password" not in keys:
         userinfo = f"{user}:{quoted(secrets['password'])}"
     return str(replace(parts, userinfo=userinfo, query=tuple(query)))
+
+
+def has_secret_query(url: str) -> bool:
+    """Return whether a password stands in the query, where whoever hides only the usual place would show it."""
+    return any(
+        key in SECRETS or (key == "listen_url" and split_password(unquoted(value))[1] is not None)
+        for key, value, _raw in Url.cut(url).pairs()
+    )
 
 
 def _joined(key: str, raw: str, value: str, secrets: dict[str, str]) -> str:

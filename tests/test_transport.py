@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import kombu
 import pytest
+from celery import Celery
 
 import kombu_pg
 from kombu_pg.database import Statement
@@ -39,6 +40,31 @@ def test_a_clone_of_a_connection_still_knows_its_password():
     connection = kombu.Connection("pg://somebody:s3cret@127.0.0.1:5432/db")
 
     assert connection.clone().as_uri(include_password=True) == "pg://somebody:s3cret@127.0.0.1:5432/db"
+
+
+@pytest.mark.parametrize("scheme", ["pg", "postgresql+psycopg2"])
+def test_neither_celerys_report_nor_what_a_worker_says_of_its_connection_shows_a_password(scheme):
+    url = f"{scheme}://user:s3cret@127.0.0.1:1/db"
+    broker = f"{url}?sslpassword=s3cret&listen_url=pg://user:s3cret@127.0.0.1:2"
+    app = Celery("shown", broker=broker, backend=url, set_as_current=False)
+
+    report = app.bugreport()
+    with app.connection_for_read() as connection:
+        stats = connection.info()
+    del stats["password"]  # as a worker does
+
+    assert "127.0.0.1" in report
+    assert "127.0.0.1" in str(stats)
+    assert "s3cret" not in report + str(stats) + repr(app.backend)
+    assert app.backend.as_uri() == f"{scheme}://user:**@127.0.0.1:1/db"
+
+
+@pytest.mark.parametrize("query", ["password=s3cret", "sslpassword=s3cret", "listen_url=pg://user:s3cret@host"])
+def test_a_password_that_celery_would_show_in_its_report_is_warned_of(query, caplog):
+    backend = Celery("shown", backend=f"pg://user@127.0.0.1:1/db?{query}", set_as_current=False).backend
+
+    assert "put it in front of the @" in caplog.text
+    assert "s3cret" not in caplog.text + backend.as_uri()
 
 
 def test_a_publish_whose_wait_for_the_standby_is_cancelled_is_unavailable(tmp_path):
