@@ -313,3 +313,22 @@ def test_messages_that_are_held_past_their_time_keep_no_others_from_expiring(sto
 
         eventually(lambda: ready(store) == 0, 5)
         assert leased(store) == 5
+
+
+def test_an_exclusive_queue_whose_owner_is_just_being_reaped_can_be_declared_anew(store, broker):
+    dead = store.value(
+        "INSERT INTO kombu_pg.consumer (hostname, pid, heartbeat, epoch, grace, heartbeat_timeout, lost_at)"
+        " VALUES ('gone', 1, false, kombu_pg.current_epoch(), 1, 30, now() - interval '2 s') RETURNING id"
+    )
+    store.execute(
+        "INSERT INTO kombu_pg.queue (name, durable, exclusive, auto_delete, owner_id, owner_token)"
+        f" VALUES ('mine', false, true, false, {dead}, 1)"
+    )
+    with store.session() as session, kombu.Connection(broker) as connection, ThreadPoolExecutor() as pool:
+        session.autocommit = False
+        session.cursor().execute("SELECT kombu_pg.reap(0, 0, 20)")
+        declared = pool.submit(connection.default_channel.queue_declare, "mine", exclusive=True)
+        eventually(lambda: declared.done() or store.execute("SELECT 1 FROM pg_locks WHERE NOT granted"), 10)
+        session.commit()
+
+        assert declared.result(10).queue == "mine"

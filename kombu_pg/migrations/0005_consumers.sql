@@ -150,9 +150,9 @@ BEGIN
         ELSIF v_consumer.lost_at < clock_timestamp() - make_interval(secs => v_consumer.grace)
               AND (v_consumer.epoch = kombu_pg.current_epoch() OR EXISTS (
                     SELECT FROM kombu_pg.installation i
-                     WHERE i.epoch_since < clock_timestamp() - make_interval(secs => p_restart_grace)))
-              -- Fenced: from here to the commit it cannot come back under this id; after it, it finds no row.
-              AND (v_consumer.heartbeat OR pg_try_advisory_xact_lock(kombu_pg.lock_key('alive', v_consumer.id))) THEN
+                     WHERE i.epoch_since < clock_timestamp() - make_interval(secs => p_restart_grace))) THEN
+            -- Fenced by the lock that is_alive has got, which others may get, too: to the commit it cannot come back under this id; after
+            -- it, it finds no row.
             DELETE FROM kombu_pg.consumer c WHERE c.id = v_consumer.id AND c.lost_at = v_consumer.lost_at;
             IF FOUND THEN
                 v_queues := v_queues || kombu_pg.abandon(v_consumer.id, p_delivery_limit);
