@@ -79,6 +79,16 @@ def test_time_limits_end_a_task(lab):
     lab.settle(hard.id, soft.id)
 
 
+def test_a_task_out_of_time_runs_again_where_acks_on_timeout_is_off(lab):
+    lab.start(task_acks_late=True, task_acks_on_failure_or_timeout=False)
+
+    result = lab.send("nap_once", 60, time_limit=1)
+
+    eventually(lambda: lab.runs(result.id) == 2, 30, "it runs again")
+    lab.settle(result.id)
+    assert lab.letters(result.id) == []
+
+
 def test_a_task_may_requeue_ignore_or_retry(lab):
     lab.start(task_acks_late=True)
 
@@ -138,13 +148,15 @@ def test_a_task_that_has_succeeded_is_not_run_again_where_that_is_wanted(lab):
     assert lab.runs(result.id, "end") == 1
 
 
-def test_the_pool_grows_and_shrinks_with_the_queue(lab):
+def test_the_pool_grows_and_shrinks_with_the_queue(lab, monkeypatch):
+    monkeypatch.setenv("AUTOSCALE_KEEPALIVE", "1")
     worker = lab.start("--autoscale", "4,1")
     results = [lab.send("nap", 2) for _ in range(8)]
 
     eventually(lambda: len(worker.children) >= 3, 30, "it has grown")
     for result in results:
         assert lab.end(result)[0] == "SUCCESS"
+    eventually(lambda: len(worker.children) == 1, 30, "it has shrunk")
     lab.settle()
 
 
