@@ -312,3 +312,18 @@ def test_what_died_while_no_worker_ran_is_heard_when_one_starts(lab):
     assert lab.end(first)[0] == "FAILURE"
     assert lab.letter(first.id) == "maxlen"
     eventually(lambda: lab.heard(first.id) == 1, 30)
+
+
+def test_a_task_whose_callback_cannot_be_published_has_failed_and_its_link_error_hears_of_it(lab):
+    with lab.app.connection_for_write() as connection:
+        kombu.Queue("other", channel=connection.default_channel, max_priority=3).declare()
+    lab.start()
+
+    result = lab.send("note", link=lab.sig("note").set(queue="other"))  # Celery declares it, without priorities
+
+    state, error = lab.end(result)
+    assert (state, type(error).__name__) == ("FAILURE", "PreconditionFailed")
+    lab.settle(result.id)
+    eventually(lambda: lab.heard(result.id), 30)
+    lab.settle()
+    assert lab.heard(result.id) == 1

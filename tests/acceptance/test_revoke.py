@@ -92,6 +92,7 @@ def test_a_revoke_with_terminate_ends_what_runs_and_what_waits(lab):
     for result in (running, waiting):
         eventually(lambda result=result: lab.end(result)[0] == "REVOKED", 30)
     lab.settle(running.id, waiting.id)
+    assert [lab.heard(running.id), lab.heard(waiting.id)] == [0, 0], "as on RabbitMQ"
     assert lab.runs(waiting.id) == 0
 
 
