@@ -461,28 +461,36 @@ class Channel(base.StdChannel):
         connection = self._connection()
         connection.attach()
         queue_id, ready = self._use(queue, (60, 70))
-        while True:
-            try:
-                rows = self._run(self._store.claim(self._claim_one(queue_id))).rows
-            except errors.Unavailable:
-                connection.collect()
-                raise
-            if not rows:
-                return None
-            row = rows[0]
-            if not row.expired:
-                break
-            self._run(self._store.settle(connection.consumer.id, Settlement(expired=[row.id], leases=[row.lease_id])))
+        try:
+            row = self._claim_next(queue_id, no_ack=no_ack)
+        except errors.Unavailable:
+            connection.collect()  # only a connection that is lost gives back what nobody here knows of
+            raise
+        if row is None:
+            return None
         delivery_tag = next(self._delivery_tags)
         raw = decode(row, "", delivery_tag)
         raw.delivery_info["message_count"] = max(0, ready - 1)
         message = messages.Message(raw, self)
         if no_ack:
-            self._run(self._store.settle(connection.consumer.id, Settlement(acked=[row.id], leases=[row.lease_id])))
             connection.consumer.let_go(row.id)
         else:
             self._unacked[delivery_tag] = _Unacked(row, None)
         return message
+
+    def _claim_next(self, queue_id: int, *, no_ack: bool) -> Row | None:
+        consumer_id = self._connection().consumer.id
+        while True:
+            rows = self._run(self._store.claim(self._claim_one(queue_id))).rows
+            if not rows:
+                return None
+            row: Row = rows[0]
+            if row.expired:
+                self._run(self._store.settle(consumer_id, Settlement(expired=[row.id], leases=[row.lease_id])))
+                continue
+            if no_ack:
+                self._run(self._store.settle(consumer_id, Settlement(acked=[row.id], leases=[row.lease_id])))
+            return row
 
     def _claim_one(self, queue_id: int) -> Claim:
         connection = self._connection()

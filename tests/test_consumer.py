@@ -260,26 +260,41 @@ def test_an_ack_that_meets_a_lost_connection_is_said_again(store, tcp_proxy, cut
     eventually(lambda: ready(store) == store.value("SELECT count(*) FROM kombu_pg.message") == 1, 10)
 
 
-def test_what_a_get_has_claimed_that_heard_no_answer_goes_back(store, tcp_proxy, cut):
-    channel, message = cut
+def interrupted_get(store, tcp_proxy, channel, table, *, no_ack):
+    """A get whose connection is cut while a statement of it waits for this table; the server executes it afterwards."""
     with store.session() as session, ThreadPoolExecutor() as pool:
         session.autocommit = False
-        session.cursor().execute("LOCK TABLE kombu_pg.lease IN SHARE MODE")
-        got = pool.submit(channel.basic_get, "q")
-        eventually(lambda: store.execute("SELECT 1 FROM pg_locks WHERE NOT granted"), 5, "the claim is under way")
+        session.cursor().execute(f"LOCK TABLE kombu_pg.{table} IN SHARE MODE")
+        got = pool.submit(channel.basic_get, "q", no_ack=no_ack)
+        eventually(lambda: store.execute("SELECT 1 FROM pg_locks WHERE NOT granted"), 5, "it is under way")
         tcp_proxy.drop()
         session.rollback()
         with pytest.raises(Unavailable):
             got.result(10)
-    claiming = (
-        "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%.claim(%' AND pid <> pg_backend_pid()"
-    )
-    eventually(lambda: not store.execute(claiming), 10, "the server has executed it all the same")
+    busy = "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND pid <> pg_backend_pid()"
+    running = f"{busy} AND query ~ '[.](claim|settle)'"
+    eventually(lambda: not store.execute(running), 10, "the server has executed it all the same")
+
+
+def test_what_a_get_has_claimed_that_heard_no_answer_goes_back(store, tcp_proxy, cut):
+    channel, message = cut
+
+    interrupted_get(store, tcp_proxy, channel, "lease", no_ack=False)
 
     eventually(lambda: ready(store) == 1, 10, "it is given back")
     assert leased(store) == 1
     message.ack()
     eventually(lambda: leased(store) == 0, 5)
+
+
+def test_a_get_without_ack_whose_settlement_heard_no_answer_leaves_nothing_leased(store, tcp_proxy, cut):
+    channel, message = cut
+
+    interrupted_get(store, tcp_proxy, channel, "message", no_ack=True)
+
+    assert not channel.connection.connected
+    eventually(lambda: leased(store) == 1, 10, "what is unacked, and nothing else")
+    message.ack()
 
 
 def test_queues_and_subscriptions_of_a_lost_connection_end_while_its_process_lives_on(
