@@ -178,6 +178,20 @@ def test_an_expired_message_dies_without_being_asked_for(broker):
     assert inbox.wait(1) == ["late"]
 
 
+def test_a_queue_with_a_time_to_live_delays_what_it_passes_on_by_little_more(pg):
+    queue, dead = dying(pg, message_ttl=200)
+    inbox = Inbox(pg.channel, dead)
+    late = []
+
+    for count in range(1, 5):
+        send(pg.channel, queue, "delayed")
+        begun = time.monotonic()
+        inbox.wait(count)
+        late.append(time.monotonic() - begun - 0.2)
+
+    assert max(late) < 1
+
+
 def test_dead_letters_keep_their_routing_key(broker):
     topic = broker.exchange("topic")
     queue, matching, other = broker.queue(arguments={"x-dead-letter-exchange": topic}), broker.queue(), broker.queue()

@@ -115,6 +115,7 @@ def test_what_is_told_to_one_worker_alone_is_not_written_down(lab):
 def test_inspect_lists_what_waits_in_the_database(lab):
     lab.start()
     later = [lab.send("note", 1, "two", countdown=3600 * (n + 1)).id for n in range(3)]
+    large = lab.send("note", "x" * 20_000, countdown=7 * 3600).id
     lab.pause("celery")
     ready = lab.send("note").id
 
@@ -122,6 +123,9 @@ def test_inspect_lists_what_waits_in_the_database(lab):
     (scheduled,) = inspect.scheduled().values()
     (queried,) = inspect.query_task([later[0], ready, "nobody"]).values()
 
-    assert [entry["request"]["id"] for entry in scheduled] == later
+    assert [entry["request"]["id"] for entry in scheduled] == [*later, large]
     assert scheduled[0]["request"]["args"] == [1, "two"]
+    shown = scheduled[-1]["request"]["args"]
+    assert shown.startswith("('xxx")
+    assert len(shown) < 2_000, "as the sender has written it down"
     assert {task_id: state for task_id, (state, _) in queried.items()} == {later[0]: "scheduled", ready: "ready"}
