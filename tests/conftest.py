@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ ADVICE = (
 )
 SERVER = pytest.StashKey[str]()
 DIRECTORY = pytest.StashKey[str]()
+_numbers = itertools.count(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,6 +63,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def own_database(server_url: str, kind: str, worker_id: str) -> Iterator[str]:
+    """The libpq URI of an empty database of its own; it is gone when the block ends, whoever is connected."""
+    name = f"celery_pg_{kind}_{os.getpid()}_{worker_id}_{next(_numbers)}"
+    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
+    try:
+        yield str(replace(Url.cut(server_url), path=f"/{name}"))
+    finally:
+        execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @pytest.fixture(scope="session")
 def server_url() -> str:
     """A libpq URI of the server's maintenance database."""
@@ -70,11 +83,8 @@ def server_url() -> str:
 @pytest.fixture(scope="session")
 def database_url(server_url: str, worker_id: str) -> Iterator[str]:
     """A libpq URI of an empty database that belongs to this test process alone."""
-    name = f"celery_pg_test_{os.getpid()}_{worker_id}"
-    execute(server_url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-    yield str(replace(Url.cut(server_url), path=f"/{name}"))
-    execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+    with own_database(server_url, "test", worker_id) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
@@ -84,11 +94,8 @@ def schema_url(database_url: str) -> str:
 
 @pytest.fixture(scope="session")
 def _store_url(server_url: str, worker_id: str) -> Iterator[str]:
-    name = f"wake_{os.getpid()}_{worker_id}"
-    execute(server_url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-    yield str(replace(Url.cut(server_url), path=f"/{name}"))
-    execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+    with own_database(server_url, "store", worker_id) as url:
+        yield url
 
 
 @pytest.fixture

@@ -32,7 +32,9 @@ def test_an_empty_database_is_installed_on_first_use_and_says_so(empty, caplog):
     ]
     (record,) = [record for record in caplog.records if record.name == "kombu_pg.schema"]
     assert record.levelno == logging.WARNING
-    assert re.fullmatch(r'installed schema "kombu_pg" in database "wake_\w+", owner "\w+"', record.getMessage())
+    assert re.fullmatch(
+        r'installed schema "kombu_pg" in database "celery_pg_store_\w+", owner "\w+"', record.getMessage()
+    )
 
 
 def test_what_is_installed_is_not_touched_again(store):

@@ -391,13 +391,18 @@ def test_tasks_of_however_many_senders_are_waited_for_by_few_locks(app, worker, 
     assert waiting.result(WITHIN) == list(range(100))
 
 
-def test_senders_that_are_done_with_make_room_for_others_while_the_wait_goes_on(
-    app, worker, store, getting, monkeypatch
-):
+@pytest.fixture
+def lasting(app, worker, store, getting, monkeypatch):
+    """A get() that waits meanwhile, and what ends its task; senders may be done without at once."""
     monkeypatch.setattr("celery_pg.waiting.SENDERS_INTERVAL", 0)
-    lasting, lastings_request = sent(app, "lasting")
-    waiting = getting(lasting.get, timeout=WITHIN)
+    result, request = sent(app, "lasting")
+    waiting = getting(result.get, timeout=WITHIN)
     somebody_waits(store, 2)
+    return waiting, lambda: worker.mark_as_done("lasting", 42, request=request)
+
+
+def test_senders_that_are_done_with_make_room_for_others_while_the_wait_goes_on(app, worker, store, getting, lasting):
+    waiting, end = lasting
     consumer = app.backend.result_consumer
     for round_ in range(4):
         several = sent_by_many(app, 30, f"r{round_}.")
@@ -411,17 +416,14 @@ def test_senders_that_are_done_with_make_room_for_others_while_the_wait_goes_on(
     assert not consumer._buckets
     assert store.value(TOLD) <= 1 + 32
     assert len(consumer._keys) <= 1 + 2 * 32
-    worker.mark_as_done("lasting", 42, request=lastings_request)
+    end()
     assert waiting.result(WITHIN) == 42
 
 
 def test_a_task_whose_sender_was_forgotten_before_another_one_took_its_place_is_waited_for_as_a_strangers(
-    app, worker, store, getting, monkeypatch
+    app, worker, getting, monkeypatch, lasting
 ):
-    monkeypatch.setattr("celery_pg.waiting.SENDERS_INTERVAL", 0)
-    lasting, lastings_request = sent(app, "lasting")
-    waiting = getting(lasting.get, timeout=WITHIN)
-    somebody_waits(store, 2)
+    waiting, end = lasting
     consumer = app.backend.result_consumer
     monkeypatch.setattr(consumer, "_widen", lambda _: None)
     consumer._sent = {}, {}
@@ -429,7 +431,7 @@ def test_a_task_whose_sender_was_forgotten_before_another_one_took_its_place_is_
     several = sent_by_many(app, 40)
     others = getting(GroupResult("g", [result for result, _ in several], app=app).get, timeout=WITHIN)
     eventually(lambda: app.thread_oid not in consumer._senders and not consumer._fresh, WITHIN, "its place is taken")
-    worker.mark_as_done("lasting", 42, request=lastings_request)
+    end()
 
     assert waiting.result(WITHIN) == 42
     for number, (_, request) in enumerate(several):

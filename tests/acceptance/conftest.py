@@ -1,6 +1,4 @@
 import contextlib
-import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,22 +7,16 @@ from typing import Any
 import pytest
 from acceptance.workers import Store, Worker, sender
 from celery import Celery
-from conftest import execute
+from conftest import own_database
 
 from kombu_pg.url import Url
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture
 def store(server_url: str, worker_id: str) -> Iterator[Store]:
     """A database of the test's own: workers that were killed leave nothing to the next one."""
-    name = f"own_acceptance_{os.getpid()}_{worker_id}_{next(_numbers)}"
-    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-    try:
-        yield Store(str(replace(Url.cut(server_url), path=f"/{name}")))
-    finally:
-        execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+    with own_database(server_url, "acceptance", worker_id) as url:
+        yield Store(url)
 
 
 @pytest.fixture

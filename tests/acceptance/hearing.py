@@ -1,11 +1,8 @@
 """How does a test learn what became of a task: its result, its errback, its chord, its message?"""
 
 import contextlib
-import itertools
-import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +10,9 @@ from acceptance.conftest import broker_url
 from acceptance.heard_queues import queues
 from acceptance.workers import Store, Worker, eventually, hang_up
 from celery import Celery, chord
-from conftest import execute
-
-from kombu_pg.url import Url
+from conftest import own_database
 
 __all__ = ["Lab", "lab"]
-
-_numbers = itertools.count(1)
 
 
 class Lab:
@@ -137,13 +130,9 @@ class Lab:
 
 @contextlib.contextmanager
 def lab(server_url: str, worker_id: str, directory: Path, **settings: Any) -> Iterator[Lab]:
-    name = f"lab_{os.getpid()}_{worker_id}_{next(_numbers)}"
-    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-    try:
-        laboratory = Lab(str(replace(Url.cut(server_url), path=f"/{name}")), directory, **settings)
+    with own_database(server_url, "lab", worker_id) as url:
+        laboratory = Lab(url, directory, **settings)
         try:
             yield laboratory
         finally:
             laboratory.close()
-    finally:
-        execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 
 import psutil
 import psycopg2
@@ -15,9 +14,7 @@ from acceptance import atomic_app
 from acceptance.conftest import broker_url
 from acceptance.workers import HERE, Store, eventually, hang_up
 from celery import Celery, chain, chord
-from conftest import execute
-
-from kombu_pg.url import Url
+from conftest import own_database
 
 PATIENCE = 60.0
 PYTHONPATH = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
@@ -73,14 +70,10 @@ class Workers:
 @pytest.fixture(scope="module")
 def store(server_url, worker_id):
     """One database for all of this module; each test begins with empty tables."""
-    name = f"own_atomic_{os.getpid()}_{worker_id}"
-    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-    try:
-        store = Store(str(replace(Url.cut(server_url), path=f"/{name}")))
+    with own_database(server_url, "atomic", worker_id) as url:
+        store = Store(url)
         store.execute("CREATE TABLE counter (id bigserial, task_id text, task text, note text)")
         yield store
-    finally:
-        execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="module")

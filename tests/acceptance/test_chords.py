@@ -1,15 +1,11 @@
 import contextlib
-import os
-from dataclasses import replace
 
 import pytest
 from acceptance.conftest import broker_url
 from acceptance.workers import Store, Worker, eventually, hang_up
 from celery import Celery, chain, chord, group, states
 from celery.exceptions import ChordError
-from conftest import execute
-
-from kombu_pg.url import Url
+from conftest import own_database
 
 WITHIN = 60
 IMPORTS = {"imports": ["chord_tasks"], "task_ignore_result": False}
@@ -18,10 +14,8 @@ IMPORTS = {"imports": ["chord_tasks"], "task_ignore_result": False}
 @pytest.fixture(scope="module")
 def canvas_store(server_url, worker_id):
     """A database for the worker that runs every canvas of this module."""
-    name = f"own_chords_{os.getpid()}_{worker_id}"
-    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-    yield Store(str(replace(Url.cut(server_url), path=f"/{name}")))
-    execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+    with own_database(server_url, "chords", worker_id) as url:
+        yield Store(url)
 
 
 @contextlib.contextmanager

@@ -4,16 +4,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from chaos.checker import Figures
 from chaos.faults import Site
 from chaos.servers import PgServer, give
-from conftest import execute
-
-from kombu_pg.url import Url
+from conftest import own_database
 
 FIGURES: list[Figures] = []
 _numbers = itertools.count(1)
@@ -64,13 +61,10 @@ def name(worker_id: str) -> str:
 
 
 @pytest.fixture
-def ledger_url(server_url: str, name: str) -> Iterator[str]:
+def ledger_url(server_url: str, worker_id: str) -> Iterator[str]:
     """An empty database on the server of the other tests, which nobody crashes."""
-    execute(server_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8'")
-    try:
-        yield str(replace(Url.cut(server_url), path=f"/{name}"))
-    finally:
-        execute(server_url, f"DROP DATABASE {name} WITH (FORCE)")
+    with own_database(server_url, "ledger", worker_id) as url:
+        yield url
 
 
 @pytest.fixture
