@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 BATCH_BYTES = 16 * 1024 * 1024
 #: Seconds after a settlement until a hungry feed claims for less than half of its window.
 REFILL_DELAY = 0.005
+#: Deliveries after which it is looked whether half of the window is free again.
+LOOK_AHEAD = 10
 #: Idle locks of one session; further queues share one key (0), whose holders are told of every message of them.
 IDLE_LOCKS = 31
 #: Seconds after which a safety poll looks below the marks, too.
@@ -341,12 +343,24 @@ class Delivery:
                     subscription.unacked += 1
             count += 1
             subscription.deliver(row, subscription)
+            if not count % LOOK_AHEAD:
+                self._claim_ahead()
         while self._cancelled:
             count += 1
             subscription = self._cancelled.popleft()
             if subscription.on_cancel is not None:
                 subscription.on_cancel(subscription.tag)
         return count
+
+    def _claim_ahead(self) -> None:
+        """Have the server work on the next claim while what is left of the last one is handed over."""
+        with self._lock:
+            if self._session is None or self._sent is not None or self._settlement.returns or self.lost:
+                return
+            feed = self._claimer(time.monotonic())
+            if feed is not None:
+                self._check_lost()
+                self._send(feed)
 
     def close(self) -> None:
         """Let go of the session. What was settled and not sent is in `hand_over`."""

@@ -105,11 +105,10 @@ class Feed:
     def receiver(self, queue_id: int) -> Subscription | None:
         """Who gets the next message of the queue: its consumers in turn, those without room passed over."""
         candidates = [s for s in self.subscriptions.values() if s.queue_id == queue_id]
-        if not candidates:
-            return None
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
         chosen = next((s for s in candidates if s.room > 0), candidates[0])
-        if len(candidates) > 1:
-            self.subscriptions[chosen.tag] = self.subscriptions.pop(chosen.tag)  # to the end of the line
+        self.subscriptions[chosen.tag] = self.subscriptions.pop(chosen.tag)  # to the end of the line
         return chosen
 
 
