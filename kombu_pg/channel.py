@@ -522,7 +522,7 @@ class Channel(base.StdChannel):
     def basic_reject(self, delivery_tag: int, requeue: bool = False, **_: Any) -> None:
         """The message goes back to its queue, counted; or, without `requeue`, a task becomes a dead letter."""
         final = "recorded" if self.records_rejected else "rejected"
-        self._settle(delivery_tag, "requeued" if requeue else final, False)
+        self._settle(delivery_tag, "requeued" if requeue else final)
 
     def basic_recover(self, requeue: bool = False) -> None:
         """Everything unacked on this channel goes back to its queues, counted.
@@ -534,7 +534,7 @@ class Channel(base.StdChannel):
                 "basic.recover with requeue=False is not implemented (neither in RabbitMQ)", (60, 110), reply_code=540
             )
         for tag in list(self._unacked):
-            self._settle(tag, "requeued", False)
+            self._settle(tag, "requeued")
 
     basic_recover_async = basic_recover
 
@@ -555,22 +555,24 @@ class Channel(base.StdChannel):
             raise self._unknown_tag(delivery_tag)
         self._run(statement(unacked.row))
         # Only now: as long as it was in its lease, the lease had to stay.
-        self._let_go(delivery_tag, unacked, None)
+        self._unacked.pop(delivery_tag, None)
+        self.connection_of_messages.settle(self.feed, unacked.subscription, unacked.row, None)
 
-    def _settle(self, delivery_tag: int, what: str, multiple: bool) -> None:
-        tags = [tag for tag in self._unacked if tag <= delivery_tag or not delivery_tag] if multiple else [delivery_tag]
-        for tag in sorted(tags):
-            unacked = self._unacked.pop(tag, None)
-            if unacked is None:
-                if self.connection is None or multiple:
-                    continue
-                raise self._unknown_tag(tag)
-            self._let_go(tag, unacked, unacked.acked if what == "acked" else what)
+    def _settle(self, delivery_tag: int, what: str, multiple: bool = False) -> None:
+        if multiple:
+            for tag in sorted(tag for tag in self._unacked if tag <= delivery_tag or not delivery_tag):
+                self._let_go(tag, what)
+        elif not self._let_go(delivery_tag, what) and self.connection is not None:
+            raise self._unknown_tag(delivery_tag)
         self.connection_of_messages.settled()
 
-    def _let_go(self, delivery_tag: int, unacked: _Unacked, what: str | None) -> None:
-        self._unacked.pop(delivery_tag, None)
-        self.connection_of_messages.settle(self.feed, unacked.subscription, unacked.row, what)
+    def _let_go(self, delivery_tag: int, what: str) -> bool:
+        unacked = self._unacked.pop(delivery_tag, None)
+        if unacked is None:
+            return False  # another thread was faster, or it was settled before
+        final = unacked.acked if what == "acked" else what
+        self.connection_of_messages.settle(self.feed, unacked.subscription, unacked.row, final)
+        return True
 
     def _unknown_tag(self, tag: int) -> PreconditionFailed:
         return PreconditionFailed(f"unknown delivery tag {tag}: it was settled before", (60, 80), reply_code=406)
@@ -593,7 +595,7 @@ class Channel(base.StdChannel):
     def abandon_unacked(self) -> None:
         """Note everything unacked as given back (a message whose callback raised: as returned, counted)."""
         for tag in list(self._unacked):
-            self._settle(tag, "requeued" if self._unacked[tag].failed else "given_back", False)
+            self._settle(tag, "requeued" if self._unacked[tag].failed else "given_back")
 
     def get_bindings(self) -> list[tuple[str, str, str]]:
         return self._run(self._store.bindings())  # type: ignore[no-any-return]

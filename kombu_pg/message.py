@@ -355,8 +355,10 @@ def unpacked(properties: bytes) -> tuple[dict[str, Any], str | None, str | None]
 
 
 def _unpack(data: bytes) -> dict[str, Any]:
+    text = data.decode()
     # The hook costs a call per object; hardly any message needs it.
-    return json.loads(data, object_hook=_untagged if _TAG_IN_TEXT.encode() in data else None)  # type: ignore[no-any-return]
+    unpacked, _ = (_tagged_decoder if _TAG_IN_TEXT in text else _decoder).raw_decode(text)
+    return unpacked  # type: ignore[no-any-return]
 
 
 def _untagged(value: dict[str, Any]) -> Any:
@@ -365,3 +367,7 @@ def _untagged(value: dict[str, Any]) -> Any:
     if value[_TAG] == _TABLE:
         return dict(value["v"])
     return _TAGGED[value[_TAG]][2](value["v"])
+
+
+# Not json.loads: it looks for the encoding first, and for white space behind.
+_decoder, _tagged_decoder = json.JSONDecoder(), json.JSONDecoder(object_hook=_untagged)
