@@ -38,9 +38,12 @@ BODY = os.urandom(1024)
 #: What our transport keeps beside such a body; the floor stores as many bytes.
 PROPERTIES = b'{"h":{},"p":{"delivery_mode":2,"priority":0},"t":"application/octet-stream","e":"binary"}'
 
-PEERS = ("pg", "pg-flushed", "pg-plain", "bare", "rabbitmq", "rabbitmq-unconfirmed", "redis", "redis-always", "sqla")
+PEERS = (
+    "pg", "pg-flushed", "pg-plain", "bare", "bare-rows", "rabbitmq", "rabbitmq-unconfirmed", "redis", "redis-always",
+    "sqla",
+)  # fmt: skip
 #: Those on one PostgreSQL.
-_ON_POSTGRES = frozenset({"pg", "pg-flushed", "pg-plain", "bare", "sqla"})
+_ON_POSTGRES = frozenset({"pg", "pg-flushed", "pg-plain", "bare", "bare-rows", "sqla"})
 ALL_ROWS = frozenset({"publish", "publish16", "consume", "latency", "apply_async", "worker", "cpu"})
 PUBLISHING = frozenset({"publish", "publish16", "cpu"})
 #: Rows that begin with a transaction of somebody's own.
@@ -63,6 +66,22 @@ CREATE TABLE IF NOT EXISTS bench_floor (
     enqueued_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     properties bytea NOT NULL,
     body bytea NOT NULL
+)
+"""
+
+#: As migration 0001 has them.
+_FLOOR_ROWS = """
+CREATE SEQUENCE IF NOT EXISTS bench_message_id;
+CREATE TABLE IF NOT EXISTS bench_message (
+    id bigint PRIMARY KEY, queue_id bigint NOT NULL, enqueued_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    expires_at timestamptz, publish_id uuid, returns integer NOT NULL DEFAULT 0, priority smallint NOT NULL,
+    band smallint NOT NULL, task text, task_id text, reply_to text, exchange text NOT NULL, routing_key text NOT NULL,
+    deaths jsonb, properties bytea NOT NULL, body bytea NOT NULL
+);
+CREATE INDEX IF NOT EXISTS bench_message_expires ON bench_message (expires_at, id) WHERE expires_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS bench_ready (
+    queue_id bigint NOT NULL, position bigint NOT NULL, message_id bigint NOT NULL, size integer NOT NULL,
+    band smallint NOT NULL, PRIMARY KEY (queue_id, band, position)
 )
 """
 
@@ -280,6 +299,10 @@ class Bare(Postgres, Peer):
     """psycopg2 and nothing else: what a commit of one row costs here."""
 
     dsn: str = ""
+    tables = _FLOOR
+    insert = "INSERT INTO bench_floor (queue, properties, body) VALUES (%s, %s, %s)"
+    depth_of = "SELECT count(*) FROM bench_floor WHERE queue = %s"
+    empty = "DELETE FROM bench_floor WHERE queue = %s"
 
     def named(self, application_name: str) -> Bare:
         return replace(self, url=_named(self.url, application_name))
@@ -294,16 +317,30 @@ class Bare(Postgres, Peer):
 
     def declare(self, queue: str) -> None:
         with self.cursor() as cursor:
-            cursor.execute(_FLOOR + ";" + _PURCHASE)
+            cursor.execute(self.tables + ";" + _PURCHASE)
 
     def depth(self, queue: str) -> int:
         with self.cursor() as cursor:
-            cursor.execute("SELECT count(*) FROM bench_floor WHERE queue = %s", (queue,))
+            cursor.execute(self.depth_of, (queue,))
             return int(cursor.fetchone()[0])
+
+    def remove(self, queue: str) -> None:
+        with self.cursor() as cursor:
+            cursor.execute(self.empty, (queue,))
+
+    @contextlib.contextmanager
+    def publisher(self, queue: str) -> Iterator[tuple[Send, Callable[[], object]]]:
+        with self.cursor() as cursor:
+            insert, binary = self.insert, psycopg2.Binary
+
+            def send(body: bytes) -> object:
+                return cursor.execute(insert, (queue, binary(PROPERTIES), binary(body)))
+
+            yield send, lambda: None
 
     @contextlib.contextmanager
     def buyer(self, queue: str) -> Iterator[tuple[Send, Callable[[], object]]]:
-        insert, binary = "INSERT INTO bench_floor (queue, properties, body) VALUES (%s, %s, %s)", psycopg2.Binary
+        insert, binary = self.insert, psycopg2.Binary
         with contextlib.closing(psycopg2.connect(self.url)) as connection:
 
             def send(body: bytes) -> object:
@@ -313,19 +350,23 @@ class Bare(Postgres, Peer):
 
             yield send, lambda: None
 
-    def remove(self, queue: str) -> None:
-        with self.cursor() as cursor:
-            cursor.execute("DELETE FROM bench_floor WHERE queue = %s", (queue,))
 
-    @contextlib.contextmanager
-    def publisher(self, queue: str) -> Iterator[tuple[Send, Callable[[], object]]]:
-        with self.cursor() as cursor:
-            insert, binary = "INSERT INTO bench_floor (queue, properties, body) VALUES (%s, %s, %s)", psycopg2.Binary
+@dataclass(frozen=True)
+class BareRows(Bare):
+    """The same for the two rows that a message is, with their columns and keys: one commit, one round trip."""
 
-            def send(body: bytes) -> object:
-                return cursor.execute(insert, (queue, binary(PROPERTIES), binary(body)))
-
-            yield send, lambda: None
+    tables = _FLOOR_ROWS
+    insert = """
+INSERT INTO bench_message (id, queue_id, publish_id, priority, band, exchange, routing_key, properties, body)
+VALUES (nextval('bench_message_id'), 1, '9d6cbb1c8e2f4b0fa5cf6e2f5d0f3a7e', 0, 3, '', %s, %s, %s);
+INSERT INTO bench_ready (queue_id, band, position, message_id, size)
+VALUES (1, 3, currval('bench_message_id'), currval('bench_message_id'), 1112)
+"""
+    depth_of = "SELECT count(*) FROM bench_message JOIN bench_ready ON message_id = id WHERE routing_key = %s"
+    empty = """
+WITH gone AS (DELETE FROM bench_message WHERE routing_key = %s RETURNING id)
+DELETE FROM bench_ready WHERE message_id IN (SELECT id FROM gone)
+"""
 
 
 @dataclass(frozen=True)
@@ -371,6 +412,7 @@ def _on_postgres(url: str) -> list[Peer]:
         ),
         Ours("pg-plain", "celery-pg, plain", message, ours, OURS_ALONE, plain=True, dsn=url),
         Bare("bare", "bare INSERT", "the row: one commit, flushed", url, PUBLISHING | OWN_TRANSACTION, dsn=url),
+        BareRows("bare-rows", "bare INSERTs, same rows", "the rows: one commit, flushed", url, PUBLISHING, dsn=url),
         # SQLAlchemy 2.1 takes psycopg 3 unless told: the same driver under all three.
         Sqla(
             "sqla", "kombu sqla", message, str(replace(parts, start="sqla+postgresql+psycopg2://")), polls=1.0, dsn=url

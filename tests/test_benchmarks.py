@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ARGUMENTS = ["--length", "smoke", "--only", "publish,transaction,cpu", "--peers", "pg,bare"]
+ARGUMENTS = ["--length", "smoke", "--only", "publish,transaction,cpu", "--peers", "pg,bare,bare-rows"]
 WITH_RESULTS = ["--length", "smoke", "--only", "chord200,atomic", "--peers", "pg,pg-plain"]
 
 
@@ -67,7 +67,7 @@ def test_ours_is_compared_with_each_peer_of_the_same_round(results):
 def test_a_target_whose_peer_is_missing_is_neither_met_nor_missed(results):
     bare, rabbitmq = results["rows"]["publish"]["figures"]["rate"]["targets"]
 
-    assert (bare["peers"], type(bare["ratio"]), type(bare["met"])) == (["bare"], float, bool)
+    assert (bare["peers"], type(bare["ratio"]), type(bare["met"])) == (["bare-rows"], float, bool)
     assert (rabbitmq["peers"], rabbitmq["ratio"], rabbitmq["met"]) == (["rabbitmq"], None, None)
 
 
