@@ -24,7 +24,7 @@ from celery_pg.store.results import Results
 from kombu_pg import errors, schema
 from kombu_pg.database import Database, Session, Statement
 from kombu_pg.options import Options, redact
-from kombu_pg.store import Store
+from kombu_pg.store import store_for
 from kombu_pg.transport import Transport
 
 __all__ = ["main", "pg"]
@@ -271,9 +271,9 @@ def purge(ctx: click.Context, queue: str, force: bool, as_json: bool) -> None:
         queue_id = _queue_id(session, options, queue)
         if not force:
             click.confirm(f"drop every waiting message of queue {queue!r}? there is no undo", abort=True, err=True)
-        batch = purged = session.run(Store(options).purge(queue_id, PURGE_BATCH), timeout=None)
+        batch = purged = session.run(store_for(options).purge(queue_id, PURGE_BATCH), timeout=None)
         while batch == PURGE_BATCH:  # not until nothing is left: somebody may publish as fast as this drops
-            batch = session.run(Store(options).purge(queue_id, PURGE_BATCH), timeout=None)
+            batch = session.run(store_for(options).purge(queue_id, PURGE_BATCH), timeout=None)
             purged += batch
     _say(ctx, as_json, {"queue": queue, "purged": purged}, f"dropped {number(purged)} messages of queue {queue!r}")
 

@@ -32,7 +32,7 @@ from celery_pg.task_connection import TaskTransaction
 from kombu_pg import errors
 from kombu_pg.database import Database, database_for
 from kombu_pg.message import MESSAGE_ID
-from kombu_pg.store import Store
+from kombu_pg.store import store_for
 from kombu_pg.transaction import Transaction, borrowed, same_store, tell, transaction
 
 __all__ = [
@@ -99,7 +99,7 @@ class Completion:
         self.begin()
         assert self._opened is not None
         opened, block = self._opened, self._block
-        finish = Store(self._database.options).finish(self._message_id, reject=reject)
+        finish = store_for(self._database.options).finish(self._message_id, reject=reject)
         if reject:
             opened.wake_after_commit(opened.run(finish))
         else:

@@ -14,7 +14,7 @@ from celery_pg.connections import Foreign, UnusableConnection, foreign
 from kombu_pg import errors, schema
 from kombu_pg.database import Database, database_for
 from kombu_pg.options import Options, redact
-from kombu_pg.store import Store
+from kombu_pg.store import store_for
 from kombu_pg.transaction import borrowed
 from kombu_pg.transport import Transport
 
@@ -155,13 +155,13 @@ def _installation(database: Database) -> str:
     if database.installation is None:
         with database.session() as session:
             schema.check(session, database.options)
-            database.installation = session.run(Store(database.options).installation())
+            database.installation = session.run(store_for(database.options).installation())
     return database.installation
 
 
 def _installation_of(theirs: Foreign, name: str) -> str:
     """The id of the store behind the connection."""
-    statements = Store(Options(dsn="", schema=name))
+    statements = store_for(Options(dsn="", schema=name))
     allowed = theirs.run(statements.may_publish())
     if allowed is None:
         raise UnusableConnection(

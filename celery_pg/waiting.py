@@ -30,7 +30,7 @@ from celery.exceptions import TimeoutError
 from celery_pg.store.results import Results, StoredResult, bucket
 from kombu_pg import errors
 from kombu_pg.database import ANSWER_TIMEOUT, Session, database_for, wait_readable
-from kombu_pg.store import Store
+from kombu_pg.store import store_for
 
 __all__ = ["ResultConsumer"]
 
@@ -96,7 +96,7 @@ class ResultConsumer(BaseResultConsumer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._results = Results(self.backend.options)
-        self._store = Store(self.backend.options)
+        self._store = store_for(self.backend.options)
         self._poll_interval: float = self.backend.options.poll_interval
         self._bell: tuple[int, int] | None = None
         self._reset()

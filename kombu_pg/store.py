@@ -6,6 +6,7 @@ connection, and when, is not known here. The work itself is in the functions of 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ __all__ = [
     "Store",
     "Upkeep",
     "refused",
+    "store_for",
 ]
 
 
@@ -219,8 +221,7 @@ class Store:
         self._publish = f"CALL {s}.publish({_slots(15)})"
         # Constants are cheaper as text than as parameters, for both sides.
         self._publish_plainly = {
-            persistent: f"CALL {s}.publish({persistent}, '', %s, 0, NULL, NULL, {_slots(6)}, NULL, false, NULL)"
-            for persistent in (True, False)
+            persistent: f"CALL {s}.publish_plainly({persistent}, {_slots(7)})" for persistent in (True, False)
         }
         self._claim = f"SELECT * FROM {s}.claim({_slots(12)})"
         self._settle = f"SELECT {s}.settle({_slots(9)})"
@@ -600,6 +601,12 @@ class Store:
         return Statement(
             f"SELECT {self._sql}.{function}({_slots(len(parameters))})", parameters, lambda rows: rows[0][0]
         )
+
+
+@functools.lru_cache(maxsize=32)
+def store_for(options: Options) -> Store:
+    """The statements for these options, made once."""
+    return Store(options)
 
 
 def refused(notice: str) -> str | None:

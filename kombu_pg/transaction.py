@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from kombu_pg import errors, store
 from kombu_pg.database import Database, Session, Statement, T
-from kombu_pg.store import Outgoing, Store
+from kombu_pg.store import Outgoing, store_for
 
 __all__ = ["Transaction", "Wakes", "borrowed", "current", "of_application", "same_store", "tell", "transaction"]
 
@@ -63,7 +63,7 @@ class Wakes:
         """
         queues, due = sorted(self._queues), self._due if clock else None
         self.forget()
-        return Store(database.options).wake(queues, due) if queues or due is not None else None
+        return store_for(database.options).wake(queues, due) if queues or due is not None else None
 
 
 def tell(database: Database, wakes: Wakes, session: Session | None = None) -> None:
@@ -97,7 +97,7 @@ class Transaction:
         self.deferred: list[Statement[Any]] = []
         self.lost = False
         self.wakes = Wakes() if wakes is None else wakes
-        self._store = Store(database.options)
+        self._store = store_for(database.options)
         self._resolves = False
         self._owner = _who()
 
@@ -241,7 +241,7 @@ def same_store(one: Database, other: Database) -> bool:
 def _agree(one: Database, other: Database) -> bool:
     for database in (one, other):
         if database.installation is None:
-            database.installation = database.run(Store(database.options).installation())
+            database.installation = database.run(store_for(database.options).installation())
     return one.installation == other.installation
 
 
@@ -256,11 +256,8 @@ def _entered(opened: Transaction) -> Iterator[None]:
 
 def _who() -> tuple[int, int, int]:
     """Which thread, greenlet (under gevent they are the threads) or asyncio task of which process this is."""
-    try:
-        task = id(asyncio.current_task())
-    except RuntimeError:  # no loop runs here
-        task = 0
-    return os.getpid(), threading.get_ident(), task
+    task = None if asyncio._get_running_loop() is None else asyncio.current_task()
+    return os.getpid(), threading.get_ident(), id(task)
 
 
 class _Own:

@@ -22,7 +22,7 @@ from kombu_pg.delivery import Delivery
 from kombu_pg.feed import Feed, Subscription
 from kombu_pg.options import Options, from_components, join_password, redact, split_password
 from kombu_pg.plugins import WORKERS, plugins
-from kombu_pg.store import Caller, Outgoing, Row, Settlement, Store, refused
+from kombu_pg.store import Caller, Outgoing, Row, Settlement, refused, store_for
 
 __all__ = ["Connection", "Transport"]
 
@@ -43,7 +43,7 @@ class Connection:
     def __init__(self, client: Any, database: Database) -> None:
         self.client = client
         self.options = database.options
-        self.store = Store(database.options)
+        self.store = store_for(database.options)
         self.consumer = consumer_for(database, self.store)
         self.token = self.consumer.open_token()
         self.connected = True
@@ -148,17 +148,18 @@ class Connection:
 
         Over a lost connection, the consumer's thread tells the store.
         """
-        decided = Settlement() if what is None else Settlement(**{what: [row.id]})
-        if not self.connected:
-            # In this order: what is neither held nor about to be settled is given back.
-            self.consumer.settle_late(decided, self._epoch)
-            self.consumer.let_go(row.id)
-        elif self._delivery is not None:
+        if self.connected and self._delivery is not None:
             self._delivery.settle(feed, subscription, row, what)
-        else:
+            return
+        decided = Settlement() if what is None else Settlement(**{what: [row.id]})
+        if self.connected:
             self.consumer.let_go(row.id)
             decided.leases.append(row.lease_id)
             self._loose.add(decided)
+        else:
+            # In this order: what is neither held nor about to be settled is given back.
+            self.consumer.settle_late(decided, self._epoch)
+            self.consumer.let_go(row.id)
 
     def settled(self) -> None:
         """Send what was noted, as soon as that is possible without waiting for a consumer's loop."""

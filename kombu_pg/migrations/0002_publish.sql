@@ -49,40 +49,49 @@ LANGUAGE sql AS $$
     SELECT kombu_pg.is_held(kombu_pg.lock_key('idle', 0)) OR kombu_pg.is_held(kombu_pg.lock_key('idle', p_queue))
 $$;
 
-CREATE FUNCTION kombu_pg.wake(p_queues bigint[]) RETURNS void
-LANGUAGE plpgsql AS $$
+-- Tell two consumers that are idle on this queue, and all of those that hold the overflow key.
+CREATE FUNCTION kombu_pg.wake_idle(p_queue bigint) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
-    v_queue bigint;
-    v_hungry bigint[] := '{}';
-    v_overflow boolean;
+    v_key bigint := kombu_pg.lock_key('idle', p_queue);
+    v_class oid := ((v_key >> 32) & 4294967295)::oid;
+    v_object oid := (v_key & 4294967295)::oid;
+    v_most integer := 2;
 BEGIN
-    IF p_queues IS NULL OR p_queues = '{}' THEN
-        RETURN;
-    END IF;
-    v_overflow := kombu_pg.is_held(kombu_pg.lock_key('idle', 0));
-    FOREACH v_queue IN ARRAY p_queues LOOP
-        IF v_overflow OR kombu_pg.is_held(kombu_pg.lock_key('idle', v_queue)) THEN
-            v_hungry := v_hungry || v_queue;
-        END IF;
-    END LOOP;
-    IF v_hungry = '{}' THEN
-        RETURN;
-    END IF;
     IF pg_notification_queue_usage() > 0.8 THEN
         RAISE WARNING 'kombu_pg: the notification queue is over 80 %% full: consumers are not told, they will poll'
             USING HINT = 'a session that has executed LISTEN is not reading its notifications';
         RETURN;
     END IF;
-    PERFORM pg_notify('kombu_pg.' || told.pid, told.queue_id::text)
-       FROM (SELECT l.pid, w.queue_id, w.queue_key = 0 AS everybody,
-                    row_number() OVER (PARTITION BY w.queue_id, w.queue_key ORDER BY random()) AS nth
-               FROM (SELECT q AS queue_id, k AS queue_key, kombu_pg.lock_key('idle', k) AS lock
-                       FROM unnest(v_hungry) AS q CROSS JOIN LATERAL (VALUES (q), (0)) AS keys (k)) AS w
-               JOIN pg_locks l ON l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.mode = 'ShareLock'
-                              AND l.classid = ((w.lock >> 32) & 4294967295)::oid
-                              AND l.objid = (w.lock & 4294967295)::oid
-              WHERE l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) AS told
-      WHERE told.everybody OR told.nth <= 2;
+    LOOP
+        PERFORM pg_notify('kombu_pg.' || told.pid, p_queue::text)
+           FROM (SELECT l.pid FROM pg_locks l
+                  WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.mode = 'ShareLock'
+                    AND l.classid = v_class AND l.objid = v_object
+                    AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+                  ORDER BY random() LIMIT v_most) AS told;
+        EXIT WHEN v_most IS NULL OR NOT kombu_pg.is_held(kombu_pg.lock_key('idle', 0));
+        v_key := kombu_pg.lock_key('idle', 0);
+        v_class := ((v_key >> 32) & 4294967295)::oid;
+        v_object := (v_key & 4294967295)::oid;
+        v_most := NULL;
+    END LOOP;
+END $$;
+
+-- The same for those of the queues on which somebody is idle.
+CREATE FUNCTION kombu_pg.wake(p_queues bigint[]) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_queue bigint;
+BEGIN
+    IF p_queues IS NULL OR p_queues = '{}' THEN
+        RETURN;
+    END IF;
+    FOREACH v_queue IN ARRAY p_queues LOOP
+        IF kombu_pg.somebody_idle(v_queue) THEN
+            PERFORM kombu_pg.wake_idle(v_queue);
+        END IF;
+    END LOOP;
 END $$;
 
 -- Tell the consumers that keep the clock of a new earliest due time. Not needed when something is due before it:
@@ -154,10 +163,6 @@ END $$;
 -- refusal: 'no exchange' | 'no queue' (a task that nobody would get) | 'full: <queue>' | 'headers' (say them in
 -- p_headers: a headers exchange must know) | NULL. queue_ids: the queues to wake; '{}' = unroutable.
 -- p_publish_id NULL: no retry will ask. (It costs a lock until the transaction ends.)
---
--- Written for speed: assignments and IFs instead of PERFORM (they do not start the executor), as few expressions as
--- possible (each is prepared anew in every transaction), and no array in what most publishes are: one message, due at
--- once, into one queue by its name. (An array would make custom plans look cheaper: planned again at every call.)
 CREATE FUNCTION kombu_pg.enqueue(
     p_exchange text, p_routing_key text, p_priority integer, p_ttl bigint, p_due timestamptz,
     p_task text, p_task_id text, p_reply_to text, p_properties bytea, p_body bytea,
@@ -165,12 +170,7 @@ CREATE FUNCTION kombu_pg.enqueue(
     OUT queue_ids bigint[], OUT refusal text, OUT due timestamptz
 ) LANGUAGE plpgsql AS $$
 DECLARE
-    -- A transaction must have its own id before it draws a message id: low-water marks pass a position only when
-    -- every transaction that was running when it was drawn is over, and they know those by their ids.
-    v_xid xid8 := pg_current_xact_id();
-    v_id bigint;
     v_queue bigint;
-    v_band smallint;
 BEGIN
     -- A second attempt waits here until the server has ended the first. (Void is not null.)
     IF p_publish_id IS NOT NULL AND pg_advisory_xact_lock(uuid_hash_extended(p_publish_id, 0)) IS NOT NULL
@@ -181,18 +181,9 @@ BEGIN
         END IF;
     END IF;
     IF p_exchange = '' AND p_due IS NULL THEN
-        -- A task's own expiry is the worker's to record (REVOKED); only the queue's drops it here.
-        INSERT INTO kombu_pg.message (id, queue_id, expires_at, publish_id, priority, band, task, task_id, reply_to,
-                                      exchange, routing_key, properties, body)
-        SELECT nextval('kombu_pg.message_id_seq'), q.id,
-               clock_timestamp() + least(q.message_ttl, CASE WHEN p_task IS NULL THEN p_ttl END) * interval '1 ms',
-               p_publish_id, least(greatest(p_priority, 0), 255), kombu_pg.band(q.max_priority, p_priority),
-               p_task, p_task_id, p_reply_to, p_exchange, p_routing_key, p_properties, p_body
-          FROM kombu_pg.queue q WHERE q.name = p_routing_key AND NOT q.limited
-        RETURNING id, queue_id, band INTO v_id, v_queue, v_band;
-        IF FOUND THEN
-            INSERT INTO kombu_pg.ready (queue_id, band, position, message_id, size)
-            VALUES (v_queue, v_band, v_id, v_id, octet_length(p_properties) + octet_length(p_body));
+        v_queue := kombu_pg.enqueue_plainly(p_routing_key, p_priority, p_ttl, p_task, p_task_id, p_reply_to, p_properties,
+                                            p_body, p_publish_id);
+        IF v_queue IS NOT NULL THEN
             queue_ids := ARRAY[v_queue];
             RETURN;
         END IF;
@@ -200,6 +191,40 @@ BEGIN
     SELECT e.queue_ids, e.refusal, e.due INTO queue_ids, refusal, due
       FROM kombu_pg.enqueue_routed(p_exchange, p_routing_key, p_priority, p_ttl, p_due, p_task, p_task_id, p_reply_to,
                                    p_properties, p_body, p_publish_id, p_mandatory, p_headers) AS e;
+END $$;
+
+-- What most publishes are: one message, due at once, into one queue by its name that has no limit. Returns the queue's id;
+-- NULL: there is no such queue, nothing was done.
+--
+-- Written for speed: assignments and IFs instead of PERFORM (they do not start the executor), as few expressions as
+-- possible (each is prepared anew in every transaction), one value to return (a record costs 8 us), and no array.
+-- (That would make custom plans look cheaper: planned again at every call.)
+CREATE FUNCTION kombu_pg.enqueue_plainly(
+    p_queue text, p_priority integer, p_ttl bigint, p_task text, p_task_id text, p_reply_to text, p_properties bytea,
+    p_body bytea, p_publish_id uuid
+) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    -- A transaction must have its own id before it draws a message id: low-water marks pass a position only when
+    -- every transaction that was running when it was drawn is over, and they know those by their ids.
+    v_xid xid8 := pg_current_xact_id();
+    v_id bigint;
+    v_queue bigint;
+    v_band smallint;
+BEGIN
+    -- A task's own expiry is the worker's to record (REVOKED); only the queue's drops it here.
+    INSERT INTO kombu_pg.message (id, queue_id, expires_at, publish_id, priority, band, task, task_id, reply_to,
+                                  exchange, routing_key, properties, body)
+    SELECT nextval('kombu_pg.message_id_seq'), q.id,
+           clock_timestamp() + least(q.message_ttl, CASE WHEN p_task IS NULL THEN p_ttl END) * interval '1 ms',
+           p_publish_id, least(greatest(p_priority, 0), 255), kombu_pg.band(q.max_priority, p_priority),
+           p_task, p_task_id, p_reply_to, '', p_queue, p_properties, p_body
+      FROM kombu_pg.queue q WHERE q.name = p_queue AND NOT q.limited
+    RETURNING id, queue_id, band INTO v_id, v_queue, v_band;
+    IF FOUND THEN
+        INSERT INTO kombu_pg.ready (queue_id, band, position, message_id, size)
+        VALUES (v_queue, v_band, v_id, v_id, octet_length(p_properties) + octet_length(p_body));
+    END IF;
+    RETURN v_queue;
 END $$;
 
 -- The same for what is routed by an exchange, is not yet due, or enters a queue with a limit.
@@ -212,6 +237,7 @@ CREATE FUNCTION kombu_pg.enqueue_routed(
 SET plan_cache_mode = force_generic_plan
 AS $$
 DECLARE
+    v_xid xid8 := pg_current_xact_id();  -- see enqueue_plainly
     v_routed record;
     v_further boolean;
     v_limited boolean;
@@ -339,6 +365,37 @@ BEGIN
         END IF;
     EXCEPTION WHEN OTHERS THEN
         -- The message is in: what went wrong after that must not look like a failed publish.
+        RAISE WARNING 'kombu_pg: the message is stored, but idle consumers were not told: %', SQLERRM;
+    END;
+END $$;
+
+-- The same for what most publishes are: see enqueue_plainly. It is not a retry, of priority 0, and not mandatory.
+CREATE PROCEDURE kombu_pg.publish_plainly(
+    p_persistent boolean, p_queue text, p_task text, p_task_id text, p_reply_to text, p_properties bytea, p_body bytea,
+    p_publish_id uuid
+) LANGUAGE plpgsql AS $$
+DECLARE
+    v_queue bigint;
+    v_set text;
+    v_done boolean;
+BEGIN
+    IF (CASE WHEN p_persistent THEN current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') ELSE true END) THEN
+        v_set := set_config('synchronous_commit', CASE WHEN p_persistent THEN 'on' ELSE 'off' END, true);
+    END IF;
+    v_queue := CASE WHEN pg_advisory_xact_lock(uuid_hash_extended(p_publish_id, 0)) IS NOT NULL
+                    THEN kombu_pg.enqueue_plainly(p_queue, 0, NULL, p_task, p_task_id, p_reply_to, p_properties, p_body, p_publish_id) END;
+    IF v_queue IS NULL THEN
+        CALL kombu_pg.publish(p_persistent, '', p_queue, 0, NULL, NULL, p_task, p_task_id, p_reply_to, p_properties, p_body,
+                              p_publish_id, NULL, false, NULL);
+        RETURN;
+    END IF;
+    COMMIT;
+    BEGIN
+        IF kombu_pg.somebody_idle(v_queue) THEN
+            v_set := set_config('synchronous_commit', 'off', true);
+            v_done := kombu_pg.wake_idle(v_queue) IS NULL;
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
         RAISE WARNING 'kombu_pg: the message is stored, but idle consumers were not told: %', SQLERRM;
     END;
 END $$;

@@ -37,10 +37,20 @@ CREATE FUNCTION kombu_pg.enqueue_borrowed(
     p_task text, p_task_id text, p_reply_to text, p_properties bytea, p_body bytea, p_mandatory boolean, p_headers jsonb
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
+    v_queue bigint;
     v_enqueued record;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RETURN kombu_pg.answer('{}', 'resolve', NULL);
+    END IF;
+    IF p_exchange = '' AND p_due IS NULL THEN
+        v_queue := kombu_pg.enqueue_plainly(p_routing_key, p_priority, p_ttl, p_task, p_task_id, p_reply_to, p_properties, p_body, NULL);
+        IF v_queue IS NOT NULL THEN
+            IF p_unannounced THEN
+                INSERT INTO kombu_pg.unannounced VALUES (v_queue);
+            END IF;
+            RETURN v_queue::text;
+        END IF;
     END IF;
     v_enqueued := kombu_pg.enqueue(p_exchange, p_routing_key, p_priority, p_ttl, p_due, p_task, p_task_id, p_reply_to,
                                    p_properties, p_body, NULL, NULL, p_mandatory, p_headers);
