@@ -161,6 +161,28 @@ BEGIN
 END $$;
 
 
+-- Of messages that were just taken out of ready, the first ones that make p_bytes (at least one) are kept; the others are
+-- back in their places. Returns how many are kept.
+CREATE FUNCTION kombu_pg.put_surplus_back(p_ids bigint[], p_bands smallint[], p_bytes bigint) RETURNS integer
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    v_surplus integer;
+BEGIN
+    WITH measured AS (
+        SELECT t.id, t.band, m.queue_id, m.returns, octet_length(m.properties) + octet_length(m.body) AS size,
+               sum(coalesce(octet_length(m.properties) + octet_length(m.body), 0)) OVER (ORDER BY t.n ROWS UNBOUNDED PRECEDING)
+               - coalesce(octet_length(m.properties) + octet_length(m.body), 0) AS before
+          FROM unnest(p_ids, p_bands) WITH ORDINALITY AS t (id, band, n) LEFT JOIN kombu_pg.message m ON m.id = t.id
+    ), back AS (
+        INSERT INTO kombu_pg.ready (queue_id, band, position, message_id, size)
+        SELECT s.queue_id, s.band, CASE WHEN s.band = 0 THEN kombu_pg.suspect_position(s.returns, s.id) ELSE s.id END, s.id, s.size
+          FROM measured s WHERE s.before >= p_bytes AND s.queue_id IS NOT NULL
+    )
+    SELECT count(*) INTO v_surplus FROM measured s WHERE s.before >= p_bytes;
+    RETURN cardinality(p_ids) - v_surplus;
+END $$;
+
+
 -- Claim ---------------------------------------------------------------------------------------------------------
 -- Take up to p_limit messages out of the queues, in the order given, at most p_limits[i] of queue i, and lease them
 -- to the consumer, together at most p_bytes (but at least one message). Whatever the consumer has to settle goes first.
@@ -191,9 +213,9 @@ DECLARE
     v_upper bigint;
     v_queue record;
     v_ids bigint[] := '{}';
-    v_returned boolean[] := '{}';
+    v_bands smallint[] := '{}';
     v_more_ids bigint[];
-    v_more_returned boolean[];
+    v_more_bands smallint[];
     v_bytes bigint;
     v_left integer := p_limit;
     v_bytes_left bigint := p_bytes;
@@ -207,7 +229,6 @@ DECLARE
     v_more bigint[] := '{}';
     v_key bigint;
     v_lease bigint;
-    v_revokes boolean;
     v_pass integer;
 BEGIN
     IF p_advance THEN
@@ -241,31 +262,32 @@ BEGIN
         FOR v_pass IN 1 .. 2 LOOP
             v_got := 0;
             IF v_want > 0 AND v_bytes_left > 0 AND NOT v_queue.paused THEN
-                WITH candidate AS MATERIALIZED (
-                    SELECT r.row_id, r.message_id, r.band, r.size,
-                           sum(r.size) OVER (ROWS UNBOUNDED PRECEDING) - r.size AS before
-                      FROM (SELECT c.row_id, c.message_id, c.band, c.size
-                              FROM generate_series(0, 3 + 3 * coalesce(v_queue.max_priority, 0)) AS b (band)
-                             CROSS JOIN LATERAL (
-                                SELECT x.ctid AS row_id, x.message_id, x.band, x.size FROM kombu_pg.ready x
-                                 WHERE x.queue_id = v_queue.id AND x.band = b.band::smallint
-                                   AND x.position >= CASE WHEN b.band > 0 AND b.band % 3 = 0 THEN p_marks[i] ELSE 0 END
-                                 ORDER BY x.position
-                                 LIMIT CASE WHEN b.band = 0 THEN v_suspects ELSE v_want END
-                                   FOR UPDATE OF x SKIP LOCKED) AS c
-                             LIMIT v_want) AS r
-                ), taken AS (
+                WITH taken AS (
                     DELETE FROM kombu_pg.ready d
-                     WHERE d.ctid = ANY (ARRAY(SELECT k.row_id FROM candidate k WHERE k.before < v_bytes_left))
+                     WHERE d.ctid = ANY (ARRAY(
+                        SELECT c.row_id
+                          FROM generate_series(0, 3 + 3 * coalesce(v_queue.max_priority, 0)) AS b (band)
+                         CROSS JOIN LATERAL (
+                            SELECT x.ctid AS row_id FROM kombu_pg.ready x
+                             WHERE x.queue_id = v_queue.id AND x.band = b.band::smallint
+                               AND x.position >= CASE WHEN b.band > 0 AND b.band % 3 = 0 THEN p_marks[i] ELSE 0 END
+                             ORDER BY x.position
+                             LIMIT CASE WHEN b.band = 0 THEN v_suspects ELSE v_want END
+                               FOR UPDATE OF x SKIP LOCKED) AS c
+                         LIMIT v_want))
                     RETURNING d.message_id, d.band, d.position, d.size
                 )
-                SELECT coalesce(array_agg(t.message_id ORDER BY t.band, t.position), '{}'),
-                       coalesce(array_agg(t.band = 0 OR t.band % 3 = 1 ORDER BY t.band, t.position), '{}'),
-                       count(*), coalesce(sum(t.size), 0), count(*) FILTER (WHERE t.band = 0)
-                  INTO v_more_ids, v_more_returned, v_got, v_bytes, v_suspects_taken
-                  FROM taken t;
+                SELECT coalesce(array_agg(t.message_id), '{}'), coalesce(array_agg(t.band), '{}'), count(*),
+                       coalesce(sum(t.size), 0), count(*) FILTER (WHERE t.band = 0)
+                  INTO v_more_ids, v_more_bands, v_got, v_bytes, v_suspects_taken
+                  FROM (SELECT k.* FROM taken k ORDER BY k.band, k.position) AS t;
+                IF v_bytes > v_bytes_left AND v_got > 1 THEN
+                    v_got := kombu_pg.put_surplus_back(v_more_ids, v_more_bands, v_bytes_left);
+                    v_more_ids := v_more_ids[:v_got];
+                    v_more_bands := v_more_bands[:v_got];
+                END IF;
                 v_ids := v_ids || v_more_ids;
-                v_returned := v_returned || v_more_returned;
+                v_bands := v_bands || v_more_bands;
                 v_left := v_left - v_got;
                 v_want := v_want - v_got;
                 v_bytes_left := v_bytes_left - v_bytes;
@@ -312,15 +334,18 @@ BEGIN
         END IF;
     END LOOP;
     IF cardinality(v_ids) > 0 THEN
-        INSERT INTO kombu_pg.lease (consumer_id, token, message_ids) VALUES (p_consumer, p_token, v_ids)
-        RETURNING id INTO v_lease;
-        v_revokes := EXISTS (SELECT FROM kombu_pg.revoked);
+        v_lease := nextval('kombu_pg.lease_id_seq');
         RETURN QUERY
-            SELECT m.id, m.queue_id, t.returned OR m.returns > 0, m.returns, m.priority, coalesce(m.expires_at <= clock_timestamp(), false),
+            WITH leased AS (
+                INSERT INTO kombu_pg.lease (id, consumer_id, token, message_ids) OVERRIDING SYSTEM VALUE
+                VALUES (v_lease, p_consumer, p_token, v_ids)
+            )
+            SELECT m.id, m.queue_id, t.band = 0 OR t.band % 3 = 1 OR m.returns > 0, m.returns, m.priority,
+                   coalesce(m.expires_at <= clock_timestamp(), false),
                    m.exchange, m.routing_key, m.properties, m.body, m.deaths,
                    NULL::bigint, NULL::boolean[], NULL::bigint[], NULL::bigint, NULL::bigint, NULL::bigint,
-                   v_revokes AND m.task_id IS NOT NULL AND kombu_pg.is_revoked(m.task_id, m.id)
-              FROM unnest(v_ids, v_returned) WITH ORDINALITY AS t (id, returned, n)
+                   EXISTS (SELECT FROM kombu_pg.revoked) AND m.task_id IS NOT NULL AND kombu_pg.is_revoked(m.task_id, m.id)
+              FROM unnest(v_ids, v_bands) WITH ORDINALITY AS t (id, band, n)
               JOIN kombu_pg.message m ON m.id = t.id
              ORDER BY t.n;
         IF NOT FOUND THEN
