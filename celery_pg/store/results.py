@@ -196,12 +196,8 @@ class Results:
 
     def last_look(self, task_ids: Sequence[str], keys: Iterable[int]) -> Statement[Looked]:
         """Release the locks with these keys, then read the results, which are expected to be final."""
-        release = self.stop_waiting(keys)
-        return Statement(
-            f"{release.sql}; SELECT *, NULL FROM {self._sql}.get_results(%s::text[])",
-            (*(release.parameters or ()), list(task_ids)),
-            _read_look,
-        )
+        sql = f"SELECT *, NULL FROM {self._sql}.get_results(%s::text[], %s)"
+        return Statement(sql, (list(task_ids), _array(keys)), _read_look)
 
     def look(self, task_ids: Sequence[str], horizon: str | None, keys: Iterable[int]) -> Statement[Looked]:
         """Take the locks with these keys, then read the results.

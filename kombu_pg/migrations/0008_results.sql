@@ -166,11 +166,18 @@ BEGIN
     RETURN kombu_pg.tell_waiting(p_reply_to, p_task_id) IS NOT NULL;
 END $$;
 
-CREATE FUNCTION kombu_pg.get_results(p_task_ids text[]) RETURNS TABLE (
+-- Release the locks with these keys, then read.
+CREATE FUNCTION kombu_pg.get_results(p_task_ids text[], p_release bigint[] DEFAULT '{}') RETURNS TABLE (
     task_id text, state text, date_done timestamptz, content_type text, result bytea, meta bytea, traceback text,
     group_id text, parent_id text
 ) LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    v_key bigint;
+    v_done boolean;
 BEGIN
+    FOREACH v_key IN ARRAY p_release LOOP
+        v_done := pg_advisory_unlock_shared(v_key);
+    END LOOP;
     RETURN QUERY SELECT r.task_id, r.state, r.date_done, r.content_type, r.result, r.meta, r.traceback, r.group_id,
                         r.parent_id
       FROM kombu_pg.result r
