@@ -221,7 +221,8 @@ class Store:
         self._publish = f"CALL {s}.publish({_slots(15)})"
         # Constants are cheaper as text than as parameters, for both sides.
         self._publish_plainly = {
-            persistent: f"CALL {s}.publish_plainly({persistent}, {_slots(7)})" for persistent in (True, False)
+            persistent: f"CALL {s}.publish({persistent}, '', %s, 0, NULL, NULL, {_slots(6)}, NULL, false, NULL)"
+            for persistent in (True, False)
         }
         self._claim = f"SELECT * FROM {s}.claim({_slots(12)})"
         self._settle = f"SELECT {s}.settle({_slots(9)})"

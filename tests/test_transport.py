@@ -1,11 +1,13 @@
 """How does kombu drive us?"""
 
-import time
+import contextlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import kombu
 import pytest
 from celery import Celery
+from watching import Consuming, eventually, publisher
 
 import kombu_pg
 from kombu_pg.database import Statement
@@ -67,24 +69,61 @@ def test_a_password_that_celery_would_show_in_its_report_is_warned_of(query, cap
     assert "s3cret" not in caplog.text + backend.as_uri()
 
 
-def test_a_publish_whose_wait_for_the_standby_is_cancelled_is_unavailable(tmp_path):
-    url = f"pg+embedded://{tmp_path}/postgres"
-    waiting = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+@contextlib.contextmanager
+def missing_standby(run):
+    """While the block runs, whatever waits for the flush waits for a standby, too, and there is none."""
 
-    with kombu.Connection(url) as connection, kombu.Connection(url) as operator:
-        producer = kombu.Producer(connection.channel())
-        kombu.Queue("q", routing_key="q", channel=connection.default_channel).declare()
-        run = operator.connection.run
-        run(Statement("ALTER SYSTEM SET synchronous_standby_names = 'nobody'", None, list))
+    def standbys(setting, expected):
+        run(Statement(f"ALTER SYSTEM {setting}", None, list))
         run(Statement("SELECT pg_reload_conf()", None, list))
-        eventually = time.monotonic() + 10
-        while run(Statement("SHOW synchronous_standby_names", None, list)) != [("nobody",)]:
-            assert time.monotonic() < eventually
-        with ThreadPoolExecutor() as threads:
+        eventually(lambda: run(Statement("SHOW synchronous_standby_names", None, list)) == [(expected,)])
+
+    standbys("SET synchronous_standby_names = 'nobody'", "nobody")
+    try:
+        yield
+    finally:
+        standbys("RESET synchronous_standby_names", "")
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_publish_whose_wait_for_the_standby_is_cancelled_is_unavailable(tmp_path, idle):
+    url = f"pg+embedded://{tmp_path}/postgres"
+    cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+
+    with kombu.Connection(url) as operator, Consuming(url) as consumer, publisher(url) as producer:
+        consumer.rest()
+        if not idle:
+            consumer.channel.basic_cancel(next(iter(consumer.channel.feed.subscriptions)))
+        run = operator.connection.run
+        with missing_standby(run), ThreadPoolExecutor() as threads:
             published = threads.submit(producer.publish, {}, routing_key="q", retry=False)
-            while not published.done():
-                assert time.monotonic() < eventually
-                run(Statement(waiting, None, list))
+            if idle:
+                assert consumer.until(1) == [{}]  # as with RabbitMQ: before its publisher knows that it is safe
+                assert not published.done()
+            eventually(lambda: published.done() or run(Statement(cancel, None, lambda _: False)))
 
         with pytest.raises(kombu_pg.Unavailable, match="standby"):
             published.result()
+
+
+@pytest.mark.parametrize("level", ["on", "off", "local"])
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_publish_that_returned_is_flushed(store, level, idle):
+    store.execute(f"ALTER DATABASE {store.value('SELECT current_database()')} SET synchronous_commit = {level}")
+    with Consuming(store.broker()) as consumer, publisher(store.broker()) as producer:
+        consumer.rest()
+        if not idle:
+            consumer.channel.basic_cancel(next(iter(consumer.channel.feed.subscriptions)))
+        assert store.idle() == idle
+        for _ in range(20):
+            before = store.value("SELECT pg_current_wal_insert_lsn()")
+
+            producer.publish(os.urandom(4000), routing_key="q", content_type="x/y", content_encoding="binary")
+
+            # The message is at least as long in the log.
+            assert store.value("SELECT pg_current_wal_flush_lsn() - %s::pg_lsn > 4000", (before,))
+            if idle:
+                consumer.until(1)
+                consumer.ack()
+                consumer.received.clear()
+                consumer.rest(0.02)

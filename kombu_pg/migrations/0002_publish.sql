@@ -326,8 +326,12 @@ BEGIN
     RETURN v_found;
 END $$;
 
--- Publish in a transaction of its own, in one round trip: durable first, then, in a second transaction that waits
--- for no flush, tell who is idle (NOTIFY takes a cluster-wide lock; inside the first it would be held over the flush).
+-- Publish in a transaction of its own, in one round trip; durable, where p_persistent, when this returns. Who is idle is
+-- told in a second transaction, which waits for no flush (NOTIFY takes a cluster-wide lock; inside the first it would be
+-- held over the flush). Where somebody was idle already before the first commit, that waits for no flush either: he is
+-- told at once, and a third transaction, of nothing but a record in the log, waits for the flush of all three meanwhile.
+-- (A consumer may have a message before its publisher knows that it is durable, as with RabbitMQ. What he commits is
+-- behind it in the log.)
 -- No SET clause and no SECURITY DEFINER here: with either, COMMIT is an "invalid transaction termination".
 --
 -- What there is to say is said at level INFO ('refused: ', then as enqueue, or 'no route' where p_mandatory): it always
@@ -340,64 +344,58 @@ CREATE PROCEDURE kombu_pg.publish(
     p_publish_id uuid, p_retry_age double precision, p_mandatory boolean, p_headers jsonb
 ) LANGUAGE plpgsql AS $$
 DECLARE
+    v_queue bigint;  -- if one queue has got it, and it is due
     v_enqueued record;
-    v_queues bigint[];
+    v_idle boolean;
     v_set text;
     v_done boolean;
+    v_flushed pg_lsn;
 BEGIN
-    IF (CASE WHEN p_persistent THEN current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') ELSE true END) THEN
-        v_set := set_config('synchronous_commit', CASE WHEN p_persistent THEN 'on' ELSE 'off' END, true);
+    IF p_exchange = '' AND p_due IS NULL AND p_retry_age IS NULL
+       AND pg_advisory_xact_lock(uuid_hash_extended(p_publish_id, 0)) IS NOT NULL THEN
+        v_queue := kombu_pg.enqueue_plainly(p_routing_key, p_priority, p_ttl, p_task, p_task_id, p_reply_to, p_properties,
+                                            p_body, p_publish_id);
     END IF;
-    v_enqueued := kombu_pg.enqueue(p_exchange, p_routing_key, p_priority, p_ttl, p_due, p_task, p_task_id, p_reply_to,
-                                   p_properties, p_body, p_publish_id, p_retry_age, p_mandatory, p_headers);
-    v_queues := v_enqueued.queue_ids;
+    IF v_queue IS NULL THEN
+        v_enqueued := kombu_pg.enqueue(p_exchange, p_routing_key, p_priority, p_ttl, p_due, p_task, p_task_id, p_reply_to,
+                                       p_properties, p_body, p_publish_id, p_retry_age, p_mandatory, p_headers);
+        IF v_enqueued.refusal IS NULL AND v_enqueued.due IS NULL AND cardinality(v_enqueued.queue_ids) = 1 THEN
+            v_queue := v_enqueued.queue_ids[1];
+        END IF;
+    END IF;
+    v_idle := v_queue IS NOT NULL AND kombu_pg.somebody_idle(v_queue);
+    IF (CASE WHEN v_idle OR NOT p_persistent THEN true
+             ELSE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') END) THEN
+        v_set := set_config('synchronous_commit', CASE WHEN v_idle OR NOT p_persistent THEN 'off' ELSE 'on' END, true);
+    END IF;
     COMMIT;
-    IF v_enqueued.refusal IS NOT NULL OR p_mandatory AND v_queues = '{}' THEN
-        RAISE INFO 'refused: %', coalesce(v_enqueued.refusal, 'no route');
-    END IF;
     BEGIN
-        IF v_enqueued.due IS NOT NULL THEN
+        IF v_queue IS NULL THEN
+            IF v_enqueued.refusal IS NOT NULL OR p_mandatory AND v_enqueued.queue_ids = '{}' THEN
+                RAISE INFO 'refused: %', coalesce(v_enqueued.refusal, 'no route');
+            END IF;
             v_set := set_config('synchronous_commit', 'off', true);
-            v_done := kombu_pg.wake_clock(v_enqueued.due) IS NULL;
-        ELSIF cardinality(v_queues) > 1 OR v_queues <> '{}' AND kombu_pg.somebody_idle(v_queues[1]) THEN
+            IF v_enqueued.due IS NULL THEN
+                v_done := kombu_pg.wake(v_enqueued.queue_ids) IS NULL;
+            ELSE
+                v_done := kombu_pg.wake_clock(v_enqueued.due) IS NULL;
+            END IF;
+        ELSIF v_idle OR kombu_pg.somebody_idle(v_queue) THEN
             v_set := set_config('synchronous_commit', 'off', true);
-            v_done := kombu_pg.wake(v_queues) IS NULL;
+            v_done := kombu_pg.wake_idle(v_queue) IS NULL;
         END IF;
     EXCEPTION WHEN OTHERS THEN
         -- The message is in: what went wrong after that must not look like a failed publish.
         RAISE WARNING 'kombu_pg: the message is stored, but idle consumers were not told: %', SQLERRM;
     END;
-END $$;
-
--- The same for what most publishes are: see enqueue_plainly. It is not a retry, of priority 0, and not mandatory.
-CREATE PROCEDURE kombu_pg.publish_plainly(
-    p_persistent boolean, p_queue text, p_task text, p_task_id text, p_reply_to text, p_properties bytea, p_body bytea,
-    p_publish_id uuid
-) LANGUAGE plpgsql AS $$
-DECLARE
-    v_queue bigint;
-    v_set text;
-    v_done boolean;
-BEGIN
-    IF (CASE WHEN p_persistent THEN current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') ELSE true END) THEN
-        v_set := set_config('synchronous_commit', CASE WHEN p_persistent THEN 'on' ELSE 'off' END, true);
-    END IF;
-    v_queue := CASE WHEN pg_advisory_xact_lock(uuid_hash_extended(p_publish_id, 0)) IS NOT NULL
-                    THEN kombu_pg.enqueue_plainly(p_queue, 0, NULL, p_task, p_task_id, p_reply_to, p_properties, p_body, p_publish_id) END;
-    IF v_queue IS NULL THEN
-        CALL kombu_pg.publish(p_persistent, '', p_queue, 0, NULL, NULL, p_task, p_task_id, p_reply_to, p_properties, p_body,
-                              p_publish_id, NULL, false, NULL);
-        RETURN;
-    END IF;
-    COMMIT;
-    BEGIN
-        IF kombu_pg.somebody_idle(v_queue) THEN
-            v_set := set_config('synchronous_commit', 'off', true);
-            v_done := kombu_pg.wake_idle(v_queue) IS NULL;
+    IF v_idle AND p_persistent THEN
+        COMMIT;
+        IF current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') THEN
+            v_set := set_config('synchronous_commit', 'on', true);
         END IF;
-    EXCEPTION WHEN OTHERS THEN
-        RAISE WARNING 'kombu_pg: the message is stored, but idle consumers were not told: %', SQLERRM;
-    END;
+        -- A commit that has written nothing else flushes nothing.
+        v_flushed := pg_logical_emit_message(true, 'kombu_pg', ''::text);
+    END IF;
 END $$;
 
 -- Publish many messages in one transaction: all of them, or, if one is refused, none. done: how many; refusal: of the
