@@ -73,9 +73,9 @@ _CONSUMING = (
     Row(
         "consume",
         "Consume and ack at prefetch 100",
-        "kombu's Consumer and drain_events over a full queue, message.ack() for each, until the channel is closed. "
-        "Each transport settles as it always does: RabbitMQ's and ours without waiting for each ack (ours claims "
-        "and acks in batches), Redis's one by one; kombu's sqla has no acks.",
+        "kombu's Consumer and drain_events over a full queue, message.ack() for each, from the end of the first window "
+        "until the channel is closed. Each transport settles as always: RabbitMQ's and ours without waiting for "
+        "each ack (ours claims and acks in batches), Redis's one by one; kombu's sqla has no acks.",
         "The messages, when they were published. Acknowledgements wait for no disk, except Redis's with appendfsync "
         "always and sqla's deletes: after a crash of the server the last ones may be delivered again.",
         _rate("messages acknowledged", Target(2.5, ("rabbitmq",))),
