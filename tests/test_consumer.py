@@ -330,6 +330,27 @@ def test_messages_that_are_held_past_their_time_keep_no_others_from_expiring(sto
         assert leased(store) == 5
 
 
+def test_expiry_waits_for_nobodys_open_transaction(store, broker):
+    arguments = {"x-message-ttl": 1, "x-max-length": 1}
+    with kombu.Connection(broker) as connection:
+        for name in ("full", "other"):
+            kombu.Queue(name, queue_arguments=arguments, channel=connection.default_channel).declare()
+    publish(broker, "head", queue="full")
+    publish(broker, "also late", queue="other")
+    enqueue = "SELECT kombu_pg.enqueue('', 'full', 0, NULL, NULL, NULL, NULL, NULL, '{}', 'x', NULL, NULL, false)"
+    expire = "SET statement_timeout = '5s'; SELECT expired FROM kombu_pg.expire_messages('-infinity', 10)"
+    with store.session() as theirs, theirs.cursor() as cursor:
+        cursor.execute("BEGIN")
+        cursor.execute(enqueue)  # it drops the head of the queue, unless it is rolled back
+        eventually(lambda: store.value("SELECT bool_and(expires_at < clock_timestamp()) FROM kombu_pg.message"))
+
+        assert store.value(expire) == 1
+        cursor.execute("ROLLBACK")
+
+    assert store.value(expire) == 1
+    assert ready(store) == 0
+
+
 def test_an_exclusive_queue_whose_owner_is_just_being_reaped_can_be_declared_anew(store, broker):
     dead = store.value(
         "INSERT INTO kombu_pg.consumer (hostname, pid, heartbeat, epoch, grace, heartbeat_timeout, lost_at)"

@@ -5,8 +5,13 @@
 CREATE FUNCTION kombu_pg.suspect_position(p_returns integer, p_id bigint) RETURNS bigint
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT (least(p_returns, 32767)::bigint << 48) | p_id $$;
 
--- Take messages out of ready and scheduled; returns the ids that stood there. Where a message can stand follows from
--- its row, so this is four probes of the primary key.
+-- Where in ready a message can stand follows from its row: four probes of the primary key find it.
+CREATE FUNCTION kombu_pg.places(p_id bigint, p_band smallint, p_returns integer) RETURNS TABLE (band smallint, "position" bigint)
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    VALUES (0::smallint, kombu_pg.suspect_position(p_returns, p_id)), ((p_band - 2)::smallint, p_id), ((p_band - 1)::smallint, p_id), (p_band, p_id)
+$$;
+
+-- Take messages out of ready and scheduled; returns the ids that stood there.
 CREATE FUNCTION kombu_pg.withdraw(p_ids bigint[]) RETURNS bigint[]
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
@@ -17,11 +22,9 @@ BEGIN
         DELETE FROM kombu_pg.ready r WHERE r.ctid = ANY (ARRAY(
             SELECT x.ctid
               FROM kombu_pg.message m
-             CROSS JOIN LATERAL (VALUES
-                (0, kombu_pg.suspect_position(m.returns, m.id)), (m.band - 2, m.id), (m.band - 1, m.id), (m.band, m.id)
-             ) AS place (band, position)
+             CROSS JOIN LATERAL kombu_pg.places(m.id, m.band, m.returns) AS place
               JOIN kombu_pg.ready x
-                ON x.queue_id = m.queue_id AND x.band = place.band::smallint AND x.position = place.position
+                ON x.queue_id = m.queue_id AND x.band = place.band AND x.position = place.position
              WHERE m.id = ANY (p_ids)
                FOR UPDATE OF x))
         RETURNING r.message_id

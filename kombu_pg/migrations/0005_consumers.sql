@@ -255,7 +255,16 @@ BEGIN
                  WHERE m.expires_at <= v_now AND (m.expires_at, m.id) > (v_seen_at, v_seen)
                  ORDER BY m.expires_at, m.id LIMIT p_limit) AS x;
         EXIT WHEN v_ids IS NULL;
-        v_ids := kombu_pg.withdraw(v_ids);
+        -- Nor does it wait for what somebody's open transaction is about to drop (x-max-length): it may stay open.
+        v_ids := kombu_pg.withdraw(ARRAY(
+            SELECT m.id FROM kombu_pg.message m
+             WHERE m.id = ANY (v_ids)
+               AND (EXISTS (SELECT FROM kombu_pg.places(m.id, m.band, m.returns) AS place
+                              JOIN kombu_pg.ready x
+                                ON x.queue_id = m.queue_id AND x.band = place.band AND x.position = place.position)
+                    OR EXISTS (SELECT FROM kombu_pg.scheduled s WHERE s.queue_id = m.queue_id AND s.message_id = m.id))
+             ORDER BY m.id
+               FOR UPDATE OF m SKIP LOCKED));
         queues := queues || kombu_pg.dead_letter(v_ids, 'expired', NULL);
         expired := expired + cardinality(v_ids);
         EXIT WHEN expired >= p_limit;
