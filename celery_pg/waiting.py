@@ -1,8 +1,8 @@
 """How does a process learn that its results are there?
 
-One session of a process listens for all of them, and whoever waits leads: it sleeps on that session's socket, reads
-what has arrived and wakes the others. A look costs one statement, for however many results. Nothing is connected, and
-nobody is told of anything, before somebody waits, and once nobody does any more.
+One session of a process listens for all of them (to what, `sources` knows), and whoever waits leads: it sleeps on that
+session's socket, reads what has arrived and wakes the others. A look costs one statement, for however many results.
+Nothing is connected, and nobody is told of anything, before somebody waits, and once nobody does any more.
 
 1. Listen, take the locks that say "somebody waits" (see migration 0008), look.
 2. While what was under way at that moment is not over (the look is not settled), look again soon.
@@ -27,7 +27,8 @@ from celery import states
 from celery.backends.asynchronous import BaseResultConsumer, greenletDrainer
 from celery.exceptions import TimeoutError
 
-from celery_pg.store.results import Results, StoredResult, bucket
+from celery_pg.sources import Sent, Sources
+from celery_pg.store.results import Results, StoredResult
 from kombu_pg import errors
 from kombu_pg.database import ANSWER_TIMEOUT, Session, database_for, wait_readable
 from kombu_pg.store import store_for
@@ -44,20 +45,12 @@ LOOK_LIMIT = 1000
 SOON, LATE = 0.005, 1.0
 #: With many results to come, seconds between two looks: together they cost less.
 GATHER, MANY = 0.005, 8
-#: Sent tasks that are remembered as this process's own.
-SENT_LIMIT = 10_000
-#: Senders that are waited for at a time, each by a lock of its own; the tasks of more of them are waited for by bucket.
-SENDERS_LIMIT = 32
-#: Seconds between two attempts to do without a sender that no task is waited for any more.
-SENDERS_INTERVAL = 1.0
 #: Seconds between two attempts to connect again.
 RECONNECT_PAUSE = 0.25
 #: Seconds for an attempt to connect, however little time is left: who looks again and again with a timeout of zero must
 #: be connected some time.
 CONNECT_AT_LEAST = 0.5
 UNREACHED = "The operation timed out: there was no connection to the results' database."
-#: The sender of results that nobody is known to have asked for.
-ANYBODY = ""
 #: Seconds at most until the first look at a result that was given a callback (`then`) while somebody waited.
 CALLBACKS_INTERVAL = 1.0
 
@@ -108,7 +101,7 @@ class ResultConsumer(BaseResultConsumer):
         self._waiters: dict[int, _Waiter] = {}
         self._by_task: dict[str, list[_Waiter]] = {}
         self._pending: set[str] = set()  # these have a callback
-        self._sent: tuple[dict[str, str], dict[str, str]] = {}, {}  # task -> sender
+        self._sent = Sent()
         self._sleepers: dict[int, _Waiter] = {}
         self._session: Session | None = None
         self._connected_before = False
@@ -125,11 +118,7 @@ class ResultConsumer(BaseResultConsumer):
             self._session.close()
         self._session = None
         self._direct = True
-        self._keys: dict[str | int, int] = {}  # sender or bucket -> key: what the session listens for
-        self._held: set[int] = set()
-        self._senders = {ANYBODY}
-        self._buckets: set[int] = set()
-        self._dropped_at = 0.0
+        self._sources = Sources(self._results)
         self._horizon: str | None = None
         self._fresh: set[str] = set(self._by_task) | set(self._pending)
         self._unsettled: set[str] = set()
@@ -161,9 +150,7 @@ class ResultConsumer(BaseResultConsumer):
 
     def sent(self, task_id: str) -> None:
         """This thread is about to send the task. Nothing is connected for that."""
-        self._sent[0][task_id] = self.app.thread_oid
-        if len(self._sent[0]) > SENT_LIMIT:
-            self._sent = {}, self._sent[0]
+        self._sent.note(task_id, self.app.thread_oid)
 
     def drain_events(self, timeout: float | None = None) -> None:
         """Wait, at most `timeout` seconds, for any result that somebody waits for or that has a callback.
@@ -259,10 +246,9 @@ class ResultConsumer(BaseResultConsumer):
     def _widen(self, waiter: _Waiter) -> None:
         """Wait as a stranger, too: another sender may have been named in the message than the one that sent it."""
         with self._lock:
-            buckets = {bucket(task_id) for task_id in waiter.task_ids if task_id in self._by_task}
-            if not buckets <= self._buckets:
-                self._buckets |= buckets
-                self._fresh |= waiter.task_ids & self._by_task.keys()
+            waited = waiter.task_ids & self._by_task.keys()
+            if self._sources.widen(waited):
+                self._fresh |= waited
 
     # One slice of waiting
 
@@ -385,11 +371,11 @@ class ResultConsumer(BaseResultConsumer):
 
     def _look_at(self, session: Session, task_ids: list[str]) -> list[StoredResult]:
         missing = self._missing(session, task_ids)
-        last = bool(self._held) and not missing and self._horizon is None
+        last = bool(self._sources.held) and not missing and self._horizon is None
         last = last and self._by_task.keys() | self._pending <= set(task_ids)
         if last:
             # What nobody waits for any more in a moment: one statement reads it and releases the locks.
-            held, self._held = self._held, set()
+            held, self._sources.held = self._sources.held, set()
             looked = session.run(self._results.last_look(task_ids, held))
         else:
             looked = session.run(self._results.look(task_ids, self._horizon, missing))
@@ -413,63 +399,16 @@ class ResultConsumer(BaseResultConsumer):
         if not self._direct:
             return set()
         for task_id in task_ids:
-            self._wait_for(task_id)
-        sources: set[str | int] = self._senders | self._buckets
-        surplus = self._held - {self._keys[source] for source in sources & self._keys.keys()}
-        if surplus:
-            session.run(self._results.stop_waiting(surplus))
-            self._held -= surplus
-        self._listen(session, sources)
-        missing = {self._keys[source] for source in sources} - self._held
+            sender = self._sent.sender(task_id)
+            if not self._sources.add(task_id, sender):
+                waited = self._by_task.keys() | self._pending
+                self._fresh |= self._sources.drop((other, self._sent.sender(other)) for other in waited)
+                if not self._sources.add(task_id, sender):
+                    self._sources.add(task_id, None)
+        missing = self._sources.listen(session)
         if missing:
-            self._held |= missing
             self._pause = SOON
         return missing
-
-    def _wait_for(self, task_id: str) -> None:
-        """Have the task's sender among those that are waited for, or else its bucket; neither can be many."""
-        sender = self._sender(task_id)
-        if sender is None:
-            self._buckets.add(bucket(task_id))
-        elif sender not in self._senders:
-            if len(self._senders) > SENDERS_LIMIT:
-                self._drop_senders()
-            if len(self._senders) > SENDERS_LIMIT:
-                self._buckets.add(bucket(task_id))
-            else:
-                self._senders.add(sender)
-
-    def _sender(self, task_id: str) -> str | None:
-        """Who has sent the task, if that was this process, and not too long ago: its result names it."""
-        recent, older = self._sent
-        return recent.get(task_id) or older.get(task_id)
-
-    def _drop_senders(self) -> None:
-        """Keep only those senders of which a task is waited for."""
-        now = time.monotonic()
-        if now < self._dropped_at + SENDERS_INTERVAL:
-            return
-        self._dropped_at = now
-        senders = {ANYBODY}
-        for task_id in self._by_task.keys() | self._pending:
-            sender = self._sender(task_id)
-            if sender is not None:
-                senders.add(sender)
-            elif bucket(task_id) not in self._buckets:
-                self._fresh.add(task_id)  # its sender is forgotten: it is a stranger from now on
-        self._senders &= senders
-
-    def _listen(self, session: Session, sources: set[str | int]) -> None:
-        """Listen for these; no more for what was listened for before, unless that is little."""
-        new = sources - self._keys.keys()
-        old = self._keys.keys() - sources
-        if new and len(old) > SENDERS_LIMIT:
-            session.run(self._results.stop_listening([self._keys.pop(source) for source in old]))
-        if new:
-            senders = [source for source in new if isinstance(source, str)]
-            buckets = [source for source in new if not isinstance(source, str)]
-            keys = session.run(self._results.listen(senders, buckets))
-            self._keys.update(zip([*senders, *buckets], keys, strict=True))
 
     def _hear(self, session: Session) -> None:
         """Note of which tasks notifications have come."""
@@ -487,9 +426,8 @@ class ResultConsumer(BaseResultConsumer):
 
     def _disarm(self) -> None:
         """Have nobody told any more; not waited for."""
-        session, held = self._session, self._held
-        self._held, self._buckets, self._unsettled, self._called_back = set(), set(), set(), set()
-        self._senders = {ANYBODY}
+        session, held = self._session, self._sources.clear()
+        self._unsettled, self._called_back = set(), set()
         self._horizon = None
         self._fresh.clear()
         if session is None or not held:

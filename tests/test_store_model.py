@@ -320,7 +320,7 @@ class StoreModel(RuleBasedStateMachine):
     def has_claimed(self, worker, claimed, expected, armed, *, late=False) -> None:
         alive = [entry for entry in expected if entry.message.place == "ready"]
         if not late:
-            assert [row.id for row in claimed.rows] == [entry.message.id for entry in alive]
+            assert [row.id for row in claimed.rows] == [entry.message.id for entry in alive], alive
             assert [row.expired for row in claimed.rows] == [entry.message.expired for entry in alive]
             assert [row.revoked for row in claimed.rows] == [entry.message.revoked for entry in alive]
         assert [row.redelivered for row in claimed.rows if self.ready[row.id] in alive] == [
@@ -512,6 +512,8 @@ class StoreModel(RuleBasedStateMachine):
             f" FROM kombu_pg.message WHERE id = {message.id}"
         )
         self.enters(message, FRESH)
+        for worker in self.workers:
+            worker.marks = Marks()  # after a crash of the server everybody connects anew
 
     def forgettable(self) -> list[Message]:
         away = {worker.id for worker in self.workers if worker.session is None}

@@ -22,6 +22,7 @@ from conftest import through
 from kombu.exceptions import ContentDisallowed
 from watching import eventually, seconds
 
+from celery_pg.sources import Sent
 from kombu_pg import transaction
 
 WITHIN = 30
@@ -394,7 +395,7 @@ def test_tasks_of_however_many_senders_are_waited_for_by_few_locks(app, worker, 
 @pytest.fixture
 def lasting(app, worker, store, getting, monkeypatch):
     """A get() that waits meanwhile, and what ends its task; senders may be done without at once."""
-    monkeypatch.setattr("celery_pg.waiting.SENDERS_INTERVAL", 0)
+    monkeypatch.setattr("celery_pg.sources.SENDERS_INTERVAL", 0)
     result, request = sent(app, "lasting")
     waiting = getting(result.get, timeout=WITHIN)
     somebody_waits(store, 2)
@@ -413,9 +414,9 @@ def test_senders_that_are_done_with_make_room_for_others_while_the_wait_goes_on(
             worker.mark_as_done(f"r{round_}.{number}", number, request=request)
         assert getting_group.result(WITHIN) == list(range(30))
 
-    assert not consumer._buckets
+    assert not consumer._sources._buckets
     assert store.value(TOLD) <= 1 + 32
-    assert len(consumer._keys) <= 1 + 2 * 32
+    assert len(consumer._sources._keys) <= 1 + 2 * 32
     end()
     assert waiting.result(WITHIN) == 42
 
@@ -426,11 +427,12 @@ def test_a_task_whose_sender_was_forgotten_before_another_one_took_its_place_is_
     waiting, end = lasting
     consumer = app.backend.result_consumer
     monkeypatch.setattr(consumer, "_widen", lambda _: None)
-    consumer._sent = {}, {}
+    consumer._sent = Sent()
 
     several = sent_by_many(app, 40)
     others = getting(GroupResult("g", [result for result, _ in several], app=app).get, timeout=WITHIN)
-    eventually(lambda: app.thread_oid not in consumer._senders and not consumer._fresh, WITHIN, "its place is taken")
+    senders = consumer._sources._senders
+    eventually(lambda: app.thread_oid not in senders and not consumer._fresh, WITHIN, "its place is taken")
     end()
 
     assert waiting.result(WITHIN) == 42
@@ -570,7 +572,7 @@ def test_draining_events_calls_callbacks_too(app, worker):
 
 def quiet(consumer):
     """It waits, and looks no more by itself, as if every older transaction were over: some last, in any database."""
-    eventually(lambda: consumer._held, WITHIN, "it waits")
+    eventually(lambda: consumer._sources.held, WITHIN, "it waits")
     with consumer._lock:
         consumer._horizon = None
         consumer._unsettled.clear()
@@ -836,7 +838,7 @@ def wait(condition):
     with gevent.Timeout(30):
         while not condition():
             gevent.sleep(0.005)
-wait(lambda: consumer._held)
+wait(lambda: consumer._sources.held)
 with consumer._lock:  # no more looks, as if every older transaction were over
     consumer._horizon = None
     consumer._unsettled.clear()

@@ -93,7 +93,7 @@ def test_a_get_that_waits_survives_a_restart_of_the_server(app, start_worker, pr
     assert task(app, "add").delay(1, 1).get(timeout=WITHIN) == 2
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(app.AsyncResult("afterwards").get, timeout=WITHIN)
-        eventually(lambda: app.backend.result_consumer._held, WITHIN, "it waits")
+        eventually(lambda: app.backend.result_consumer._sources.held, WITHIN, "it waits")
         private_server.restart(how)
         eventually(lambda: delay(app, task_id="afterwards"), WITHIN, "the task is sent")
 
