@@ -490,7 +490,7 @@ class StoreModel(RuleBasedStateMachine):
 
     def agree(self, worker: Worker, kept: set[int]) -> None:
         forgotten = [m for m in self.messages.values() if m.holder == worker.id and m.id not in kept]
-        lost = [self.messages[i] for i in kept if i in self.ready and self.messages[i].place == "ready"]
+        lost = [self.messages[i] for i in kept if self.messages[i].place in ("ready", "scheduled")]
 
         back = worker.session.run(self.store.reconcile(worker.id, worker.token, (), sorted(kept), reassert=True))
 
@@ -498,7 +498,7 @@ class StoreModel(RuleBasedStateMachine):
         for message in forgotten:
             self.enters(message, RETURNED)
         for message in lost:
-            del self.ready[message.id]
+            self.ready.pop(message.id, None)
             message.place, message.holder = "leased", worker.id
 
     @precondition(lambda self: self.forgettable())
