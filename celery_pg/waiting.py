@@ -28,7 +28,7 @@ from celery.backends.asynchronous import BaseResultConsumer, greenletDrainer
 from celery.exceptions import TimeoutError
 
 from celery_pg.sources import Sent, Sources
-from celery_pg.store.results import Results, StoredResult
+from celery_pg.store.results import Results, StoredResult, told
 from kombu_pg import errors
 from kombu_pg.database import ANSWER_TIMEOUT, Session, database_for, wait_readable
 from kombu_pg.store import store_for
@@ -122,6 +122,7 @@ class ResultConsumer(BaseResultConsumer):
         self._horizon: str | None = None
         self._fresh: set[str] = set(self._by_task) | set(self._pending)
         self._unsettled: set[str] = set()
+        self._arrived: list[StoredResult] = []
         self._called_back: set[str] = set()  # of those that have a callback: looked at since the locks are held
         self._pause = SOON
         self._looked = 0.0
@@ -349,7 +350,8 @@ class ResultConsumer(BaseResultConsumer):
         while self._fresh:
             found += self._look_at(session, list(itertools.islice(self._fresh, LOOK_LIMIT)))
             self._hear(session)
-        return found
+        arrived, self._arrived = self._arrived, []
+        return found + arrived
 
     def _find_callbacks(self, now: float) -> None:
         """Have those looked at that have got a callback, and of which nobody would be told yet."""
@@ -411,16 +413,23 @@ class ResultConsumer(BaseResultConsumer):
         return missing
 
     def _hear(self, session: Session) -> None:
-        """Note of which tasks notifications have come."""
+        """Note which results have come, and of which tasks one is to be looked at."""
         _end_statement(session)
         while not session.closed and wait_readable([session.fileno()], 0):
             session.receive()
         if session.closed:
             raise errors.Unavailable("the server has closed the session that waits for results")
         while session.notifications:
-            task_id = session.notifications.popleft().payload
+            payload = session.notifications.popleft().payload
+            stored = told(payload)
+            task_id = payload if stored is None else stored.task_id
             if task_id in self._by_task or task_id in self._pending:
-                self._fresh.add(task_id)
+                if stored is None:
+                    self._fresh.add(task_id)
+                else:
+                    self._arrived.append(stored)
+                    self._fresh.discard(task_id)
+                    self._unsettled.discard(task_id)
             elif not task_id:
                 self._fresh |= self._by_task.keys() | self._pending
 
@@ -430,6 +439,7 @@ class ResultConsumer(BaseResultConsumer):
         self._unsettled, self._called_back = set(), set()
         self._horizon = None
         self._fresh.clear()
+        self._arrived.clear()
         if session is None or not held:
             return
         try:

@@ -96,6 +96,33 @@ def test_a_get_that_waits_is_woken_by_the_result(app, worker, store, getting):
     assert waiting.result(WITHIN) == 42
 
 
+@pytest.mark.parametrize(("value", "looks"), [({"a": "\u00e9 \x00"}, 0), ("x" * 5000, 1)])
+@pytest.mark.parametrize("task_id", ["one", "\x1eone", 'a "quoted" \u00e9'])
+def test_a_small_result_comes_with_its_notification(app, worker, store, getting, monkeypatch, task_id, value, looks):
+    result, request = sent(app, task_id)
+    request.update(group="g", parent_id="p")
+    waiting = getting(result.get, timeout=WITHIN)
+    somebody_waits(store)
+    consumer, looked = app.backend.result_consumer, []
+    eventually(lambda: not consumer._fresh and not consumer._unsettled, WITHIN, "its first look is over")
+    look_at = consumer._look_at
+    monkeypatch.setattr(consumer, "_look_at", lambda session, ids: looked.append(ids) or look_at(session, ids))
+
+    worker.mark_as_done(task_id, value, request=request)
+
+    assert waiting.result(WITHIN) == value
+    assert looked == [[task_id]] * looks
+    assert result._cache == {**worker.get_task_meta(task_id), "date_done": result._cache["date_done"]}
+    assert result.date_done == worker.app.AsyncResult(task_id).date_done
+
+
+def test_only_who_may_read_the_results_knows_where_they_are_told(store):
+    channel = "SELECT kombu_pg.result_channel(1, %s)"
+    mine = store.value("SELECT id FROM kombu_pg.installation")
+
+    assert store.value(channel, (mine,)) != store.value(channel, ("9d6cbb1c-8e2f-4b0f-a5cf-6e2f5d0f3a7e",))
+
+
 def test_a_failure_is_raised_where_its_result_is_awaited(app, worker, store, getting):
     result, request = sent(app)
     waiting = getting(result.get, timeout=WITHIN)

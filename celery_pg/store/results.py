@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from operator import attrgetter
 from typing import Any
 
 from kombu_pg.database import Rows, Statement
 from kombu_pg.options import Options
 
-__all__ = ["LATEST", "Looked", "NewResult", "ResultStatus", "Results", "StoredGroup", "StoredResult", "bucket"]
+__all__ = [
+    "LATEST",
+    "Looked",
+    "NewResult",
+    "ResultStatus",
+    "Results",
+    "StoredGroup",
+    "StoredResult",
+    "bucket",
+    "told",
+]
 
+#: What a notification begins with that has a result in it; see `tell_waiting()`.
+_RESULT = "\x1e"
+_EPOCH = datetime.fromtimestamp(0, timezone.utc)
 #: Results that are searched for those that an operator asks for, the latest first.
 LATEST = 100_000
 
@@ -214,6 +228,27 @@ class Results:
             (list(task_ids), horizon, locks),
             _read_look,
         )
+
+
+def told(payload: str) -> StoredResult | None:
+    """The result that is in a notification; None where it only names a task, or none."""
+    if not payload.startswith(_RESULT):
+        return None
+    try:
+        task_id, state, done, content_type, result, meta, group_id, parent_id = json.loads(payload[len(_RESULT) :])
+    except ValueError:
+        return None  # a task whose id begins like that
+    return StoredResult(
+        task_id=task_id,
+        state=state,
+        date_done=_EPOCH + timedelta(microseconds=done),
+        content_type=content_type,
+        result=bytes.fromhex(result),
+        meta=None if meta is None else bytes.fromhex(meta),
+        traceback=None,
+        group_id=group_id,
+        parent_id=parent_id,
+    )
 
 
 def bucket(task_id: str) -> int:

@@ -70,17 +70,23 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT hashtextextended('kombu_pg.str
 CREATE FUNCTION kombu_pg.bucket(task_id text) RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT (ascii(right(task_id, 1)) + 31 * ascii(right(task_id, 2))) & 63 $$;
 
--- A name of at most 63 bytes, however long the schema's is; the key tells schemas apart.
-CREATE FUNCTION kombu_pg.result_channel(key bigint) RETURNS text
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 'celery.result.' || to_hex(key) $$;
+-- A name of at most 63 bytes, however long the schema's is; the key tells schemas apart. Whoever is in the database may listen,
+-- and may see the keys in pg_locks: the id of the installation, which only its roles can read, keeps results to them.
+CREATE FUNCTION kombu_pg.result_channel(key bigint, installation uuid) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 'celery.result.' || md5(installation::text || '/' || key::text) $$;
 
--- Notify who waits for this result. The payload is the task's id, if it can be one, else "" (look at everything).
+-- Notify who waits for this result. The payload is the result itself, if it is final and small (see `told` in
+-- celery_pg/store/results.py), or else the task's id, if it can be one, or else "" (look at everything).
 -- The locks are tried like is_held() does, in place: each call would cost as much as the try.
-CREATE FUNCTION kombu_pg.tell_waiting(p_reply_to text, p_task_id text) RETURNS void
+CREATE FUNCTION kombu_pg.tell_waiting(
+    p_reply_to text, p_task_id text, p_state text, p_done timestamptz, p_content_type text, p_result bytea, p_meta bytea,
+    p_traceback text, p_group_id text, p_parent_id text
+) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_sender bigint := kombu_pg.sender_key(coalesce(p_reply_to, ''));
     v_stranger bigint := kombu_pg.stranger_key(kombu_pg.bucket(p_task_id));
+    v_installation uuid;
     v_payload text;
 BEGIN
     -- A try that another one's try made fail is repeated: two in the same moments are not likely twice.
@@ -100,12 +106,20 @@ BEGIN
             USING HINT = 'a session that has executed LISTEN is not reading its notifications';
         RETURN;
     END IF;
-    v_payload := CASE WHEN octet_length(p_task_id) < 8000 THEN p_task_id ELSE '' END;
+    IF p_done IS NOT NULL AND p_traceback IS NULL AND octet_length(p_result) + coalesce(octet_length(p_meta), 0) < 3000 THEN
+        v_payload := chr(30) || json_build_array(
+            p_task_id, p_state, (extract(epoch FROM p_done) * 1000000)::bigint, p_content_type, encode(p_result, 'hex'),
+            encode(p_meta, 'hex'), p_group_id, p_parent_id)::text;
+    END IF;
+    IF v_payload IS NULL OR octet_length(v_payload) >= 8000 THEN
+        v_payload := CASE WHEN octet_length(p_task_id) < 8000 THEN p_task_id ELSE '' END;
+    END IF;
+    SELECT i.id INTO v_installation FROM kombu_pg.installation i;
     IF v_sender IS NOT NULL THEN
-        PERFORM pg_notify(kombu_pg.result_channel(v_sender), v_payload);
+        PERFORM pg_notify(kombu_pg.result_channel(v_sender, v_installation), v_payload);
     END IF;
     IF v_stranger IS NOT NULL THEN
-        PERFORM pg_notify(kombu_pg.result_channel(v_stranger), v_payload);
+        PERFORM pg_notify(kombu_pg.result_channel(v_stranger, v_installation), v_payload);
     END IF;
 END $$;
 
@@ -117,9 +131,10 @@ DECLARE
     v_keys bigint[] := ARRAY(SELECT kombu_pg.sender_key(s.id) FROM unnest(p_senders) WITH ORDINALITY AS s (id, n) ORDER BY s.n)
                     || ARRAY(SELECT kombu_pg.stranger_key(b.id) FROM unnest(p_buckets) WITH ORDINALITY AS b (id, n) ORDER BY b.n);
     v_key bigint;
+    v_installation uuid := (SELECT i.id FROM kombu_pg.installation i);
 BEGIN
     FOREACH v_key IN ARRAY v_keys LOOP
-        EXECUTE format('LISTEN %I', kombu_pg.result_channel(v_key));
+        EXECUTE format('LISTEN %I', kombu_pg.result_channel(v_key, v_installation));
     END LOOP;
     RETURN v_keys;
 END $$;
@@ -129,9 +144,10 @@ CREATE FUNCTION kombu_pg.stop_listening(p_keys bigint[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_key bigint;
+    v_installation uuid := (SELECT i.id FROM kombu_pg.installation i);
 BEGIN
     FOREACH v_key IN ARRAY p_keys LOOP
-        EXECUTE format('UNLISTEN %I', kombu_pg.result_channel(v_key));
+        EXECUTE format('UNLISTEN %I', kombu_pg.result_channel(v_key, v_installation));
     END LOOP;
 END $$;
 
@@ -163,7 +179,8 @@ BEGIN
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    RETURN kombu_pg.tell_waiting(p_reply_to, p_task_id) IS NOT NULL;
+    RETURN kombu_pg.tell_waiting(p_reply_to, p_task_id, p_state, CASE WHEN p_ready THEN v_now END, p_content_type, p_result, p_meta,
+                                 p_traceback, p_group_id, p_parent_id) IS NOT NULL;
 END $$;
 
 -- Release the locks with these keys, then read.
