@@ -106,11 +106,21 @@ def test_a_publish_whose_wait_for_the_standby_is_cancelled_is_unavailable(tmp_pa
             published.result()
 
 
+@contextlib.contextmanager
+def committing(store, level):
+    """Sessions that begin in the block commit like this, unless they say otherwise."""
+    alter = f"ALTER DATABASE {store.value('SELECT current_database()')}"
+    store.execute(f"{alter} SET synchronous_commit = {level}")
+    try:
+        yield
+    finally:
+        store.execute(f"{alter} RESET synchronous_commit")
+
+
 @pytest.mark.parametrize("level", ["on", "off", "local"])
 @pytest.mark.parametrize("idle", [False, True])
 def test_a_publish_that_returned_is_flushed(store, level, idle):
-    store.execute(f"ALTER DATABASE {store.value('SELECT current_database()')} SET synchronous_commit = {level}")
-    with Consuming(store.broker()) as consumer, publisher(store.broker()) as producer:
+    with committing(store, level), Consuming(store.broker()) as consumer, publisher(store.broker()) as producer:
         consumer.rest()
         if not idle:
             consumer.channel.basic_cancel(next(iter(consumer.channel.feed.subscriptions)))

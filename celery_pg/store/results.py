@@ -24,7 +24,7 @@ __all__ = [
     "told",
 ]
 
-#: What a notification begins with that has a result in it; see `tell_waiting()`.
+#: What a notification begins with that has a result in it, and no other; see `tell_waiting()`.
 _RESULT = "\x1e"
 _EPOCH = datetime.fromtimestamp(0, timezone.utc)
 #: Results that are searched for those that an operator asks for, the latest first.
@@ -234,10 +234,7 @@ def told(payload: str) -> StoredResult | None:
     """The result that is in a notification; None where it only names a task, or none."""
     if not payload.startswith(_RESULT):
         return None
-    try:
-        task_id, state, done, content_type, result, meta, group_id, parent_id = json.loads(payload[len(_RESULT) :])
-    except ValueError:
-        return None  # a task whose id begins like that
+    task_id, state, done, content_type, result, meta, group_id, parent_id = json.loads(payload[len(_RESULT) :])
     return StoredResult(
         task_id=task_id,
         state=state,

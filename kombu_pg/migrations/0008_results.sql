@@ -112,7 +112,7 @@ BEGIN
             encode(p_meta, 'hex'), p_group_id, p_parent_id)::text;
     END IF;
     IF v_payload IS NULL OR octet_length(v_payload) >= 8000 THEN
-        v_payload := CASE WHEN octet_length(p_task_id) < 8000 THEN p_task_id ELSE '' END;
+        v_payload := CASE WHEN octet_length(p_task_id) < 8000 AND NOT starts_with(p_task_id, chr(30)) THEN p_task_id ELSE '' END;
     END IF;
     SELECT i.id INTO v_installation FROM kombu_pg.installation i;
     IF v_sender IS NOT NULL THEN
