@@ -56,11 +56,15 @@ class Sources:
         self._senders = {ANYBODY}
         self._buckets: set[int] = set()
 
-    def clear(self) -> set[int]:
-        """Nothing is waited for any more. -> the keys of the locks that are to be released."""
+    def release(self) -> set[int]:
+        """No lock is held any more. -> the keys of those that the caller is to release."""
         held, self.held = self.held, set()
-        self._senders, self._buckets = {ANYBODY}, set()
         return held
+
+    def clear(self) -> set[int]:
+        """The same, and nothing is waited for any more."""
+        self._senders, self._buckets = {ANYBODY}, set()
+        return self.release()
 
     def add(self, task_id: str, sender: str | None) -> bool:
         """Wait for the task by its sender; where that is not known, by its bucket. False: there are too many."""

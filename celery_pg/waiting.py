@@ -377,8 +377,7 @@ class ResultConsumer(BaseResultConsumer):
         last = last and self._by_task.keys() | self._pending <= set(task_ids)
         if last:
             # What nobody waits for any more in a moment: one statement reads it and releases the locks.
-            held, self._sources.held = self._sources.held, set()
-            looked = session.run(self._results.last_look(task_ids, held))
+            looked = session.run(self._results.last_look(task_ids, self._sources.release()))
         else:
             looked = session.run(self._results.look(task_ids, self._horizon, missing))
         self._looked = time.monotonic()

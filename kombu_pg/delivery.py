@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from kombu_pg import errors
@@ -536,7 +536,13 @@ class Delivery:
         if self._session.closed:
             self._restore()
             raise errors.Unavailable("the session that claims messages is closed")
-        if self._sent is not None and time.monotonic() > self._sent.deadline:
+        now = time.monotonic()
+        if self._sent is not None and now > self._sent.deadline:
+            if wait_readable([self._session.fileno()], 0):
+                # It was the callbacks that took so long: the answer, or some of it, is here.
+                self._sent = replace(self._sent, deadline=now + ANSWER_TIMEOUT)
+                self._receive()
+                return
             self._restore()
             self._session.close()
             raise errors.Unavailable(f"no answer to a claim within {ANSWER_TIMEOUT:g} seconds")

@@ -253,6 +253,10 @@ class Store:
             _nothing,
         )
 
+    def flush(self) -> Statement[None]:
+        """Whatever was committed before is durable, as a persistent message is. Commits, alone."""
+        return Statement(f"{_DURABLY}; SELECT pg_logical_emit_message(true, 'kombu_pg', ''::text)", (), _nothing)
+
     def publish_batch(self, messages: Sequence[Outgoing]) -> Statement[tuple[int, str | None]]:
         """Store all of them in one transaction, or none. -> (how many, or the index of the refused one; refusal).
 
@@ -620,15 +624,17 @@ def refused(notice: str) -> str | None:
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED;"
 
 
+#: The transaction that it stands in waits for the flush, as long as the server is set to at least.
+_DURABLY = (
+    "SELECT set_config('synchronous_commit', 'on', true) "
+    "WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply')"
+)
+
+
 def commit(*, durable: bool) -> Statement[None]:
     """End the transaction; where it is durable, once it is flushed."""
     if durable:
-        level = "set_config('synchronous_commit', 'on', true)"
-        return Statement(
-            f"SELECT {level} WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply'); COMMIT",
-            None,
-            _nothing,
-        )
+        return Statement(f"{_DURABLY}; COMMIT", None, _nothing)
     return Statement("SET LOCAL synchronous_commit = off; COMMIT", None, _nothing)
 
 

@@ -106,7 +106,9 @@ class Connection:
             except errors.Rejected as exc:
                 if getattr(exc.__cause__, "pgcode", None) != _NOTIFICATIONS_FULL:
                     raise
-                # Only the second transaction notifies: the first, with the message, is committed.
+                # Only the second transaction notifies: the first, with the message, is committed, perhaps not flushed.
+                if message.persistent:
+                    session.run(self.store.flush(), timeout)
                 logger.warning("the message is stored, but idle consumers were not told: %s", exc)
             refusal = None
             for notice in session.take_notices():

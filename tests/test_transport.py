@@ -117,6 +117,24 @@ def committing(store, level):
         store.execute(f"{alter} RESET synchronous_commit")
 
 
+def test_a_retry_that_finds_its_message_waits_for_the_flush(store):
+    with kombu.Connection(store.broker()) as connection:
+        kombu.Queue("q", channel=connection.default_channel).declare()
+    values = f"'', 'q', 0, NULL, NULL, NULL, NULL, NULL, '{{}}', decode('{os.urandom(4000).hex()}', 'hex')"
+    for _ in range(20):
+        publish_id = store.value("SELECT gen_random_uuid()::text")
+        before = store.value("SELECT pg_current_wal_insert_lsn()")
+        with store.session() as session, session.cursor() as cursor:
+            # An attempt whose connection was lost between its first commit and the flush.
+            cursor.execute("SET synchronous_commit = off")
+            cursor.execute(f"SELECT kombu_pg.enqueue({values}, '{publish_id}', NULL, false)")
+
+        store.execute(f"CALL kombu_pg.publish(true, {values}, '{publish_id}', 1, false, NULL)")
+
+        assert store.value("SELECT pg_current_wal_flush_lsn() - %s::pg_lsn > 4000", (before,))
+    assert store.value("SELECT count(*) FROM kombu_pg.message") == 20
+
+
 @pytest.mark.parametrize("level", ["on", "off", "local"])
 @pytest.mark.parametrize("idle", [False, True])
 def test_a_publish_that_returned_is_flushed(store, level, idle):

@@ -68,6 +68,22 @@ def test_a_publish_reaches_a_consumer_with_less_than_half_of_its_window_free(bro
         assert consumer.until(8, PROMPT)[-1] == "news"
 
 
+def test_callbacks_may_take_longer_than_an_answer(broker, monkeypatch):
+    monkeypatch.setattr("kombu_pg.delivery.ANSWER_TIMEOUT", 0.2)
+    with Consuming(broker, prefetch=20) as consumer:
+        publish(broker, *range(50))
+        receive = consumer._receive
+
+        def work(message):
+            receive(message)
+            message.ack()
+            time.sleep(0.03)  # while the next claim is under way, and nobody reads its answer
+
+        consumer.work_with(work)
+
+        assert consumer.until(50, 20) == list(range(50))
+
+
 def test_more_prefetch_is_used_without_waiting_for_an_ack(broker):
     with Consuming(broker, prefetch=10) as consumer:
         publish(broker, *range(11))

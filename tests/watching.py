@@ -105,6 +105,10 @@ class Consuming:
     def _receive(self, message: Any) -> None:
         self.received.append(message)
 
+    def work_with(self, callback: Callable[[Any], None]) -> None:
+        """From now on the callback gets the messages."""
+        self._consumer.on_message = callback
+
     @property
     def bodies(self) -> list[Any]:
         return [message.payload for message in self.received]

@@ -328,8 +328,9 @@ END $$;
 
 -- Publish in a transaction of its own, in one round trip; durable, where p_persistent, when this returns. Who is idle is
 -- told in a second transaction, which waits for no flush (NOTIFY takes a cluster-wide lock; inside the first it would be
--- held over the flush). Where somebody was idle already before the first commit, that waits for no flush either: he is
--- told at once, and a third transaction, of nothing but a record in the log, waits for the flush of all three meanwhile.
+-- held over the flush). Where somebody was idle already before the first commit (on the only queue, and the message has no
+-- due time), that waits for no flush either: he is told at once, and a third transaction, of nothing but a record in the
+-- log, waits for the flush of all three meanwhile.
 -- (A consumer may have a message before its publisher knows that it is durable, as with RabbitMQ. What he commits is
 -- behind it in the log.)
 -- No SET clause and no SECURITY DEFINER here: with either, COMMIT is an "invalid transaction termination".
@@ -344,7 +345,7 @@ CREATE PROCEDURE kombu_pg.publish(
     p_publish_id uuid, p_retry_age double precision, p_mandatory boolean, p_headers jsonb
 ) LANGUAGE plpgsql AS $$
 DECLARE
-    v_queue bigint;  -- if one queue has got it, and it is due
+    v_queue bigint;  -- if one queue has got it, and it has no due time
     v_enqueued record;
     v_idle boolean;
     v_set text;
@@ -359,11 +360,12 @@ BEGIN
     IF v_queue IS NULL THEN
         v_enqueued := kombu_pg.enqueue(p_exchange, p_routing_key, p_priority, p_ttl, p_due, p_task, p_task_id, p_reply_to,
                                        p_properties, p_body, p_publish_id, p_retry_age, p_mandatory, p_headers);
-        IF v_enqueued.refusal IS NULL AND v_enqueued.due IS NULL AND cardinality(v_enqueued.queue_ids) = 1 THEN
+        IF v_enqueued.refusal IS NULL AND p_due IS NULL AND cardinality(v_enqueued.queue_ids) = 1 THEN
             v_queue := v_enqueued.queue_ids[1];
         END IF;
     END IF;
-    v_idle := v_queue IS NOT NULL AND kombu_pg.somebody_idle(v_queue);
+    -- Twice: another publisher's try looks like somebody idle, and is over in a moment.
+    v_idle := v_queue IS NOT NULL AND kombu_pg.somebody_idle(v_queue) AND kombu_pg.somebody_idle(v_queue);
     IF (CASE WHEN v_idle OR NOT p_persistent THEN true
              ELSE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') END) THEN
         v_set := set_config('synchronous_commit', CASE WHEN v_idle OR NOT p_persistent THEN 'off' ELSE 'on' END, true);
@@ -388,7 +390,8 @@ BEGIN
         -- The message is in: what went wrong after that must not look like a failed publish.
         RAISE WARNING 'kombu_pg: the message is stored, but idle consumers were not told: %', SQLERRM;
     END;
-    IF v_idle AND p_persistent THEN
+    -- (A retry may have found the copy of an attempt that did not live to flush it.)
+    IF p_persistent AND (v_idle OR p_retry_age IS NOT NULL) THEN
         COMMIT;
         IF current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') THEN
             v_set := set_config('synchronous_commit', 'on', true);

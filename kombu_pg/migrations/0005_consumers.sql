@@ -92,7 +92,9 @@ BEGIN
         queues := kombu_pg.put_back(kombu_pg.release(p_consumer, v_back), false, NULL);
     END IF;
     IF p_reassert AND cardinality(p_held) > 0 THEN
+        -- Twice: a claim that was just under way may have put some of it back (see put_surplus_back), where the first does not look.
         v_lost := kombu_pg.withdraw(p_held);
+        v_lost := v_lost || kombu_pg.withdraw(p_held);
         IF cardinality(v_lost) > 0 THEN
             INSERT INTO kombu_pg.lease (consumer_id, token, message_ids) VALUES (p_consumer, 0, v_lost);
         END IF;
@@ -262,7 +264,8 @@ BEGIN
                AND (EXISTS (SELECT FROM kombu_pg.places(m.id, m.band, m.returns) AS place
                               JOIN kombu_pg.ready x
                                 ON x.queue_id = m.queue_id AND x.band = place.band AND x.position = place.position)
-                    OR EXISTS (SELECT FROM kombu_pg.scheduled s WHERE s.queue_id = m.queue_id AND s.message_id = m.id))
+                    -- (OFFSET 0: a probe for each, and no hash of the whole table.)
+                    OR EXISTS (SELECT FROM kombu_pg.scheduled s WHERE s.queue_id = m.queue_id AND s.message_id = m.id OFFSET 0))
              ORDER BY m.id
                FOR UPDATE OF m SKIP LOCKED));
         queues := queues || kombu_pg.dead_letter(v_ids, 'expired', NULL);

@@ -70,13 +70,20 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT hashtextextended('kombu_pg.str
 CREATE FUNCTION kombu_pg.bucket(task_id text) RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT (ascii(right(task_id, 1)) + 31 * ascii(right(task_id, 2))) & 63 $$;
 
--- A name of at most 63 bytes, however long the schema's is; the key tells schemas apart. Whoever is in the database may listen,
--- and may see the keys in pg_locks: the id of the installation, which only its roles can read, keeps results to them.
-CREATE FUNCTION kombu_pg.result_channel(key bigint, installation uuid) RETURNS text
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 'celery.result.' || md5(installation::text || '/' || key::text) $$;
+-- Whoever is in the database may listen and notify, and may see the keys in pg_locks. What only those know who may read
+-- this table, as they may read the results, keeps the channels to them.
+CREATE TABLE kombu_pg.result_secret (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    secret uuid NOT NULL DEFAULT gen_random_uuid()
+);
+INSERT INTO kombu_pg.result_secret DEFAULT VALUES;
 
--- Notify who waits for this result. The payload is the result itself, if it is final and small (see `told` in
--- celery_pg/store/results.py), or else the task's id, if it can be one, or else "" (look at everything).
+-- A name of at most 63 bytes, however long the schema's is; the key tells schemas apart.
+CREATE FUNCTION kombu_pg.result_channel(key bigint, secret uuid) RETURNS text
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 'celery.result.' || md5(secret::text || '/' || key::text) $$;
+
+-- Notify who waits for this result. The payload is the task's id, if it can be one, or else "" (look at everything); for
+-- the process that has sent the task the result itself, if it is final and small (see `told` in celery_pg/store/results.py).
 -- The locks are tried like is_held() does, in place: each call would cost as much as the try.
 CREATE FUNCTION kombu_pg.tell_waiting(
     p_reply_to text, p_task_id text, p_state text, p_done timestamptz, p_content_type text, p_result bytea, p_meta bytea,
@@ -86,7 +93,8 @@ LANGUAGE plpgsql AS $$
 DECLARE
     v_sender bigint := kombu_pg.sender_key(coalesce(p_reply_to, ''));
     v_stranger bigint := kombu_pg.stranger_key(kombu_pg.bucket(p_task_id));
-    v_installation uuid;
+    v_secret uuid;
+    v_task text;
     v_payload text;
 BEGIN
     -- A try that another one's try made fail is repeated: two in the same moments are not likely twice.
@@ -106,20 +114,21 @@ BEGIN
             USING HINT = 'a session that has executed LISTEN is not reading its notifications';
         RETURN;
     END IF;
-    IF p_done IS NOT NULL AND p_traceback IS NULL AND octet_length(p_result) + coalesce(octet_length(p_meta), 0) < 3000 THEN
-        v_payload := chr(30) || json_build_array(
-            p_task_id, p_state, (extract(epoch FROM p_done) * 1000000)::bigint, p_content_type, encode(p_result, 'hex'),
-            encode(p_meta, 'hex'), p_group_id, p_parent_id)::text;
-    END IF;
-    IF v_payload IS NULL OR octet_length(v_payload) >= 8000 THEN
-        v_payload := CASE WHEN octet_length(p_task_id) < 8000 AND NOT starts_with(p_task_id, chr(30)) THEN p_task_id ELSE '' END;
-    END IF;
-    SELECT i.id INTO v_installation FROM kombu_pg.installation i;
+    v_task := CASE WHEN octet_length(p_task_id) < 8000 AND NOT starts_with(p_task_id, chr(30)) THEN p_task_id ELSE '' END;
+    SELECT s.secret INTO v_secret FROM kombu_pg.result_secret s;
     IF v_sender IS NOT NULL THEN
-        PERFORM pg_notify(kombu_pg.result_channel(v_sender, v_installation), v_payload);
+        -- Only on a channel that is one process's: the others go to processes that do not wait, and may not read.
+        IF p_reply_to <> '' AND p_done IS NOT NULL AND p_traceback IS NULL
+           AND octet_length(p_result) + coalesce(octet_length(p_meta), 0) < 3000 THEN
+            v_payload := chr(30) || json_build_array(
+                p_task_id, p_state, (extract(epoch FROM p_done) * 1000000)::bigint, p_content_type, encode(p_result, 'hex'),
+                encode(p_meta, 'hex'), p_group_id, p_parent_id)::text;
+        END IF;
+        PERFORM pg_notify(kombu_pg.result_channel(v_sender, v_secret),
+                          CASE WHEN octet_length(v_payload) < 8000 THEN v_payload ELSE v_task END);
     END IF;
     IF v_stranger IS NOT NULL THEN
-        PERFORM pg_notify(kombu_pg.result_channel(v_stranger, v_installation), v_payload);
+        PERFORM pg_notify(kombu_pg.result_channel(v_stranger, v_secret), v_task);
     END IF;
 END $$;
 
@@ -131,10 +140,10 @@ DECLARE
     v_keys bigint[] := ARRAY(SELECT kombu_pg.sender_key(s.id) FROM unnest(p_senders) WITH ORDINALITY AS s (id, n) ORDER BY s.n)
                     || ARRAY(SELECT kombu_pg.stranger_key(b.id) FROM unnest(p_buckets) WITH ORDINALITY AS b (id, n) ORDER BY b.n);
     v_key bigint;
-    v_installation uuid := (SELECT i.id FROM kombu_pg.installation i);
+    v_secret uuid := (SELECT s.secret FROM kombu_pg.result_secret s);
 BEGIN
     FOREACH v_key IN ARRAY v_keys LOOP
-        EXECUTE format('LISTEN %I', kombu_pg.result_channel(v_key, v_installation));
+        EXECUTE format('LISTEN %I', kombu_pg.result_channel(v_key, v_secret));
     END LOOP;
     RETURN v_keys;
 END $$;
@@ -144,10 +153,10 @@ CREATE FUNCTION kombu_pg.stop_listening(p_keys bigint[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_key bigint;
-    v_installation uuid := (SELECT i.id FROM kombu_pg.installation i);
+    v_secret uuid := (SELECT s.secret FROM kombu_pg.result_secret s);
 BEGIN
     FOREACH v_key IN ARRAY p_keys LOOP
-        EXECUTE format('UNLISTEN %I', kombu_pg.result_channel(v_key, v_installation));
+        EXECUTE format('UNLISTEN %I', kombu_pg.result_channel(v_key, v_secret));
     END LOOP;
 END $$;
 
