@@ -116,9 +116,20 @@ def test_a_small_result_comes_with_its_notification(app, worker, store, getting,
     assert result.date_done == worker.app.AsyncResult(task_id).date_done
 
 
+def test_a_get_is_woken_although_somebody_has_emptied_every_table(app, worker, store, getting):
+    store.execute("TRUNCATE kombu_pg.result_secret")
+    result, request = sent(app)
+    waiting = getting(result.get, timeout=WITHIN)
+    somebody_waits(store)
+
+    worker.mark_as_done("one", 42, request=request)
+
+    assert waiting.result(WITHIN) == 42
+
+
 def test_only_who_may_read_the_results_knows_where_they_are_told(store):
     channel = "SELECT kombu_pg.result_channel(1, %s)"
-    mine = store.value("SELECT id FROM kombu_pg.installation")
+    mine = store.value("SELECT secret FROM kombu_pg.result_secret")
 
     assert store.value(channel, (mine,)) != store.value(channel, ("9d6cbb1c-8e2f-4b0f-a5cf-6e2f5d0f3a7e",))
 

@@ -78,9 +78,10 @@ CREATE TABLE kombu_pg.result_secret (
 );
 INSERT INTO kombu_pg.result_secret DEFAULT VALUES;
 
--- A name of at most 63 bytes, however long the schema's is; the key tells schemas apart.
+-- A name of at most 63 bytes, however long the schema's is; the key tells schemas apart. Where somebody has emptied the table,
+-- results still arrive.
 CREATE FUNCTION kombu_pg.result_channel(key bigint, secret uuid) RETURNS text
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 'celery.result.' || md5(secret::text || '/' || key::text) $$;
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$ SELECT 'celery.result.' || md5(coalesce(secret::text, '') || '/' || key::text) $$;
 
 -- Notify who waits for this result. The payload is the task's id, if it can be one, or else "" (look at everything); for
 -- the process that has sent the task the result itself, if it is final and small (see `told` in celery_pg/store/results.py).
