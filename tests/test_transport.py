@@ -10,7 +10,9 @@ from celery import Celery
 from watching import Consuming, eventually, publisher
 
 import kombu_pg
-from kombu_pg.database import Statement
+from kombu_pg.database import Statement, database_for
+from kombu_pg.options import Options
+from kombu_pg.store import store_for
 
 DEAD = "pg://nobody@127.0.0.1:1/nowhere?sslmode=prefer&application_name=dead"
 
@@ -104,6 +106,19 @@ def test_a_publish_whose_wait_for_the_standby_is_cancelled_is_unavailable(tmp_pa
 
         with pytest.raises(kombu_pg.Unavailable, match="standby"):
             published.result()
+
+
+def test_a_flush_covers_what_was_committed_before_without_one(store):
+    options = Options.parse(store.broker())
+    for _ in range(20):
+        before = store.value("SELECT pg_current_wal_insert_lsn()")
+        with store.session() as session, session.cursor() as cursor:
+            cursor.execute("SET synchronous_commit = off")
+            cursor.execute("SELECT pg_logical_emit_message(true, 'test', %s)", (os.urandom(4000),))
+
+        database_for(options).run(store_for(options).flush())
+
+        assert store.value("SELECT pg_current_wal_flush_lsn() - %s::pg_lsn > 4000", (before,))
 
 
 @contextlib.contextmanager
