@@ -35,7 +35,8 @@ class Sent:
     def note(self, task_id: str, sender: str) -> None:
         self._recent[task_id] = sender
         if len(self._recent) > SENT_LIMIT:
-            self._recent, self._older = {}, self._recent
+            # In this order: whoever asks meanwhile finds them in both, not in neither.
+            self._older, self._recent = self._recent, {}
 
     def sender(self, task_id: str) -> str | None:
         return self._recent.get(task_id) or self._older.get(task_id)
