@@ -2,7 +2,8 @@
 
 One session of a process listens for all of them (to what, `sources` knows), and whoever waits leads: it sleeps on that
 session's socket, reads what has arrived and wakes the others. A look costs one statement, for however many results.
-Nothing is connected, and nobody is told of anything, before somebody waits, and once nobody does any more.
+Nothing is connected before somebody waits; once nobody does any more, nothing is told for this process's sake. (It goes
+on listening, and what reaches it by a shared channel is meant for others: a task's id that it passes over.)
 
 1. Listen, take the locks that say "somebody waits" (see migration 0008), look.
 2. While what was under way at that moment is not over (the look is not settled), look again soon.
