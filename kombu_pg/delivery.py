@@ -13,14 +13,15 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kombu_pg import errors
 from kombu_pg.consumer import SUSPECT_RETURNS, Consumer
-from kombu_pg.database import Database, Session, Statement, wait_readable
+from kombu_pg.database import Database, Session, Statement, T, wait_readable
 from kombu_pg.feed import Feed, Subscription
-from kombu_pg.store import Claim, Claimed, Row, Settlement, Store
+from kombu_pg.pushes import Pushes
+from kombu_pg.store import Claim, Claimed, Row, Settlement, Store, read_pushed
 
 __all__ = ["Delivery"]
 
@@ -36,6 +37,8 @@ LOOK_AHEAD = 10
 IDLE_LOCKS = 31
 #: Seconds after which a safety poll looks below the marks, too.
 WHOLE_LOOK_PERIOD = 300.0
+#: Seconds after which a safety poll also looks for messages that were pushed as long ago, and never came.
+SEARCH_PERIOD = 30.0
 #: Seconds without an answer to a claim after which the connection counts as lost.
 ANSWER_TIMEOUT = 30.0
 #: Seconds between two looks behind a pooler, where nobody can notify us.
@@ -53,14 +56,15 @@ class Hub(Protocol):
 
 @dataclass(frozen=True)
 class _Sent:
-    """The statement under way: a claim for a feed, or a settlement alone; and what it settles."""
+    """The statement under way: a claim for a feed, or something alone; what it settles, and who takes its answer."""
 
-    feed: Feed | None
-    queues: list[int]
-    keys: list[int]
-    limits: list[int]
-    settlement: Settlement
     deadline: float
+    settlement: Settlement = field(default_factory=Settlement)
+    feed: Feed | None = None
+    queues: list[int] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    limits: list[int] = field(default_factory=list)
+    then: Callable[[Any], None] | None = None
 
 
 class Delivery:
@@ -78,6 +82,7 @@ class Delivery:
         self._next_feed = 0
         self._undelivered: deque[tuple[Feed, Row]] = deque()
         self._cancelled: deque[Subscription] = deque()
+        self._pushes = Pushes()
         self._settlement = Settlement()
         self._leases: dict[int, int] = {}
         self._sent: _Sent | None = None
@@ -87,6 +92,7 @@ class Delivery:
         self._loop: int | None = None  # the thread that receives what arrives
         self._polled_at = time.monotonic()
         self._whole_look_at = self._polled_at + WHOLE_LOOK_PERIOD
+        self._search_at = self._polled_at + SEARCH_PERIOD
         self._hub: Hub | None = None
         self._timers: list[Any] = []
         self.lost = False
@@ -97,6 +103,8 @@ class Delivery:
         """Deliver the queue's messages to this subscription from now on."""
         with self._lock:
             self._open_session()
+        self._offer()
+        with self._lock:
             if feed not in self._feeds:
                 self._feeds.append(feed)
             feed.subscriptions[subscription.tag] = subscription
@@ -120,9 +128,12 @@ class Delivery:
         with self._lock:
             if any(s.queue_id == queue_id for s in feed.subscriptions.values()):
                 return
+            for row in self._pushes.take(feed, queue_id):
+                self._note(row, "given_back")
             claimed, self._undelivered = self._undelivered, deque()
             for item in claimed:
                 if item[0] is feed and item[1].queue_id == queue_id:
+                    feed.waiting[queue_id] -= 1
                     self._give_back(*item)
                 else:
                     self._undelivered.append(item)
@@ -133,6 +144,10 @@ class Delivery:
         key = feed.armed.pop(queue_id, None)
         if key is not None:
             self._run(self._store.disarm([key]))
+        # Who had seen the lock may still push, and perhaps nobody reads that before long.
+        self._withdraw_offer()
+        if self._feeds:
+            self._offer()
 
     # Settling
 
@@ -320,6 +335,8 @@ class Delivery:
             feed = None if self._settlement.returns else self._claimer(time.monotonic())
             if feed is not None or self._settlement:
                 self._send(feed)
+            elif self._pushes.offered:
+                self._look_after_offer()
 
     def deliver(self) -> int:
         """Hand over everything that was claimed, then tell the consumers whose queue is gone; returns how many times.
@@ -327,13 +344,18 @@ class Delivery:
         A callback's exception passes through.
         """
         count = 0
+        with self._lock:
+            if any(feed.is_told_in_vain for feed in self._feeds):
+                self._claim_ahead()  # before a callback, which may take long
         while True:
             with self._lock:
                 if not self._undelivered:
                     break
                 feed, row = self._undelivered.popleft()
+                feed.waiting[row.queue_id] -= 1
                 subscription = feed.receiver(row.queue_id)
-                if subscription is None:
+                if subscription is None or not subscription.room:
+                    # (No room: of two consumers of the queue, the one with room has been cancelled since.)
                     self._give_back(feed, row)
                     continue
                 if subscription.no_ack:
@@ -368,6 +390,7 @@ class Delivery:
             self._unregister()
             self.lost = True
             self._undelivered.clear()
+            self._pushes.clear()
             self._cancelled.clear()
             if self._session is not None:
                 self._session.close()
@@ -380,6 +403,9 @@ class Delivery:
         now = time.monotonic()
         if self._poll_interval and now - self._polled_at >= self._poll_interval:
             self._polled_at = now
+            if now >= self._search_at:
+                self._search_at = now + SEARCH_PERIOD
+                self._pushes.searching = True
             if now >= self._whole_look_at:
                 self._whole_look_at = now + WHOLE_LOOK_PERIOD
                 for feed in self._feeds:
@@ -404,14 +430,24 @@ class Delivery:
         deadline = time.monotonic() + ANSWER_TIMEOUT
         statement: Statement[Any]
         if feed is None:
-            self._sent = _Sent(None, [], [], [], settlement, deadline)
+            self._sent = _Sent(deadline, settlement)
             statement = self._store.settle(self.consumer.id, settlement)
         else:
             feed.hungry.clear()
             feed.refill_at = None
             claim = self._claim(feed)
-            self._sent = _Sent(feed, list(claim.queues), list(claim.keys), list(claim.limits), settlement, deadline)
+            self._sent = _Sent(
+                deadline, settlement, feed, queues=list(claim.queues), keys=list(claim.keys), limits=list(claim.limits)
+            )
             statement = self._store.claim(claim, settlement)
+        self._send_statement(statement)
+
+    def _send_alone(self, statement: Statement[T], then: Callable[[T], None] | None = None) -> None:
+        self._sent = _Sent(time.monotonic() + ANSWER_TIMEOUT, then=then)
+        self._send_statement(statement)
+
+    def _send_statement(self, statement: Statement[Any]) -> None:
+        assert self._session is not None
         try:
             self._session.send(statement)
         except BaseException:
@@ -458,20 +494,87 @@ class Delivery:
             except BaseException:
                 self._restore()
                 raise
-            while self._session.notifications:
-                self._notified(self._session.notifications.popleft().payload)
+            self._take_notifications()
             if done:
                 sent, self._sent = self._sent, None
                 if sent is not None and sent.feed is not None:
                     self._claimed(sent, answer)
+                elif sent is not None and sent.then is not None:
+                    sent.then(answer)
                 elif sent is not None and sent.settlement.returns:
                     # Nobody is told of what he has returned himself.
                     for feed in self._feeds:
                         feed.look_into(s.queue_id for s in feed.subscriptions.values())
 
-    def _notified(self, payload: str) -> None:
+    def _take_notifications(self) -> None:
+        assert self._session is not None
+        notifications = self._session.notifications
+        while notifications:
+            notification = notifications.popleft()
+            if notification.channel == self._pushes.channel:
+                self._receive_pushed(read_pushed(notification.payload))
+            else:
+                self._told(notification.payload)
+
+    def _told(self, queue_id: str) -> None:
         for feed in self._feeds:
-            feed.look_into({s.queue_id for s in feed.subscriptions.values() if str(s.queue_id) == payload})
+            feed.look_into({s.queue_id for s in feed.subscriptions.values() if str(s.queue_id) == queue_id})
+
+    # What was pushed
+
+    def _offer(self) -> None:
+        if self._gate and not self._pushes.offered:
+            assert self.consumer.id is not None
+
+            def offered(_: None) -> None:
+                self._pushes.offered = True
+
+            self._run(self._store.offer(self.consumer.id, self.token, self._pushes.channel), offered)
+
+    def _withdraw_offer(self) -> None:
+        """Nothing is pushed any more, and what is on its way is given back."""
+        if self._pushes.offered:
+            assert self.consumer.id is not None
+
+            def withdrawn(pushed: list[int]) -> None:
+                self._pushes.offered = False
+                self._refuse_unknown(pushed)
+
+            self._run(self._store.withdraw_offer(self.consumer.id, self.token), withdrawn)
+            self.flush()
+
+    def _look_after_offer(self) -> None:
+        assert self.consumer.id is not None
+        if self._pushes.is_worn:
+            self._pushes.renewed()
+            self._send_alone(self._store.renew_offer())
+        elif self._pushes.searching:
+            self._pushes.searching = False
+            statement = self._store.pushed_before(SEARCH_PERIOD, self.consumer.id, self.token)
+            self._send_alone(statement, self._refuse_unknown)
+
+    def _refuse_unknown(self, pushed: list[int]) -> None:
+        """Give back what was pushed to us and has not come; it may still come."""
+        for message_id in pushed:
+            if not self.consumer.holds(message_id) and message_id not in self._settlement.message_ids:
+                self._pushes.refuse(message_id)
+                self._settlement.given_back.append(message_id)
+
+    def _receive_pushed(self, row: Row) -> None:
+        if not self._pushes.count(row):
+            return
+        self._leases[row.lease_id] = 1
+        self.consumer.hold(row.id, row, row.returns)
+        feed = next((feed for feed in self._feeds if feed.has_room_for(row.queue_id)), None)
+        if feed is None:
+            self._note(row, "given_back")
+            return
+        row.routing_key = next(s.queue for s in feed.subscriptions.values() if s.queue_id == row.queue_id)
+        claiming = self._sent is not None and self._sent.feed is feed
+        if claiming or row.queue_id in feed.hungry:
+            self._pushes.keep(feed, row)  # what was published before it may come with a claim
+        else:
+            self._take_in(feed, row)
 
     def _claimed(self, sent: _Sent, claimed: Claimed) -> None:
         feed = sent.feed
@@ -493,15 +596,22 @@ class Delivery:
             self._leases[claimed.rows[0].lease_id] = len(claimed.rows)
             feed.marks.count(len(claimed.rows))
         feed.marks.advance(sent.queues, claimed)
-        for row in claimed.rows:
+        pushed = self._pushes.keeps_for(feed)
+        for row in self._pushes.take_with(feed, claimed.rows) if pushed else claimed.rows:
             if row.expired:
                 self._note(row, "expired")
+            elif pushed and not feed.has_room_for(row.queue_id):
+                self._note(row, "given_back")  # the claim knew nothing of what was pushed
             else:
-                feed.unacked += 1
-                self.consumer.hold(row.id, row, row.returns)
-                self._undelivered.append((feed, row))
+                self._take_in(feed, row)
         # Only now is it known how much room is left. Behind what had expired there may be more.
         feed.look_into(sent.queues if any(row.expired for row in claimed.rows) else more)
+
+    def _take_in(self, feed: Feed, row: Row) -> None:
+        feed.unacked += 1
+        feed.waiting[row.queue_id] += 1
+        self.consumer.hold(row.id, row, row.returns)
+        self._undelivered.append((feed, row))
 
     def _queue_gone(self, feed: Feed, queue_id: int) -> None:
         for subscription in [s for s in feed.subscriptions.values() if s.queue_id == queue_id]:
@@ -555,9 +665,15 @@ class Delivery:
             with self._lock:
                 self._check_lost()
 
-    def _run(self, statement: Statement[Any]) -> Any:
-        """Run a statement on the claiming session, after what is under way."""
-        self._wait_answer()
-        with self._lock:
-            assert self._session is not None
-            return self._session.run(statement)
+    def _run(self, statement: Statement[T], then: Callable[[T], None] | None = None) -> None:
+        """Run a statement on the claiming session, after what is under way, and take its answer."""
+        while True:
+            self._wait_answer()
+            with self._lock:
+                if self._sent is None:
+                    assert self._session is not None
+                    answer = self._session.run(statement)
+                    self._take_notifications()
+                    if then is not None:
+                        then(answer)
+                    return

@@ -11,6 +11,9 @@ transitions:
     claim sent                                                                => SATED (what arrives meanwhile makes it
                                                                                  HUNGRY again: no wake-up is lost)
 
+A message that its publisher has pushed changes nothing; unless it fills the room: then a claim (of nothing from that
+queue) releases its idle lock at once, and it is HUNGRY.
+
 Where there is room when a queue becomes hungry, it is claimed at once. Where there is none, room is made by settling,
 and the claim waits until half of the window is free, or REFILL_DELAY after something was settled: half alone would
 starve a wide worker of long tasks, every ack alone would cost a claim per task.
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kombu_pg.store import Claimed, Row
@@ -64,6 +67,7 @@ class Feed:
     refill_at: float | None = None  # from when on any room is enough; None: half of the window is
     subscriptions: dict[str, Subscription] = field(default_factory=dict)
     armed: dict[int, int] = field(default_factory=dict)  # queue id -> key of the idle lock that is held for it
+    waiting: Counter[int] = field(default_factory=Counter)  # queue id -> messages taken in and not yet handed over
     marks: Marks = field(default_factory=lambda: Marks())
     turn: int = 0
 
@@ -74,17 +78,50 @@ class Feed:
 
     @property
     def room(self) -> int:
+        return self._room(self.rooms())
+
+    def _room(self, rooms: Mapping[int, int]) -> int:
         channel = self.prefetch - self.unacked if self.prefetch else BATCH
-        return max(0, min(BATCH, channel, sum(s.room for s in self.subscriptions.values())))
+        return max(0, min(BATCH, channel, sum(rooms.values())))
+
+    def rooms(self) -> dict[int, int]:
+        """Queue id -> how many messages its consumers have room for, besides those that wait for them."""
+        rooms = dict.fromkeys((s.queue_id for s in self.subscriptions.values()), 0)
+        for subscription in self.subscriptions.values():
+            rooms[subscription.queue_id] += subscription.room
+        return {queue_id: max(0, room - self.waiting[queue_id]) for queue_id, room in rooms.items()}
+
+    def has_room_for(self, queue_id: int) -> bool:
+        rooms = self.rooms()
+        return self._room(rooms) > 0 and rooms.get(queue_id, 0) > 0
 
     @property
     def can_claim(self) -> bool:
         """There is room for messages of a hungry queue."""
-        return self.room > 0 and any(s.queue_id in self.hungry and s.room > 0 for s in self.subscriptions.values())
+        rooms = self.rooms()
+        return self._room(rooms) > 0 and any(rooms.get(queue_id) for queue_id in self.hungry)
 
     def wants_to_claim(self, now: float) -> bool:
-        enough = 2 * self.room >= self.window or (self.refill_at is not None and now >= self.refill_at)
-        return bool(self.hungry) and enough and self.can_claim
+        if not self.hungry and not self.armed:
+            return False
+        if self.is_told_in_vain:
+            return True
+        rooms = self.rooms()
+        room = self._room(rooms)
+        enough = 2 * room >= self.window or (self.refill_at is not None and now >= self.refill_at)
+        return enough and room > 0 and any(rooms.get(queue_id) for queue_id in self.hungry)
+
+    @property
+    def is_told_in_vain(self) -> bool:
+        """An idle lock is held for a queue without room: a claim releases it, and passes on what we were told.
+
+        What was pushed can fill a queue's room; a claim that does has released the lock.
+        """
+        if not self.armed:
+            return False
+        rooms = self.rooms()
+        full = self._room(rooms) == 0
+        return any(full or not rooms[queue_id] for queue_id in self.armed if queue_id in rooms)
 
     def look_into(self, queue_ids: Iterable[int]) -> None:
         """Claim from these queues: at once if there is room."""
@@ -94,13 +131,11 @@ class Feed:
 
     def queues(self) -> dict[int, int]:
         """Queue id -> the most to claim from it, starting at another queue every time."""
-        room: Counter[int] = Counter()
-        for subscription in self.subscriptions.values():
-            room[subscription.queue_id] += subscription.room
-        ids = sorted(room)
+        rooms = self.rooms()
+        ids = sorted(rooms)
         self.turn += 1
         start = self.turn % len(ids)
-        return {queue_id: min(room[queue_id], BATCH) for queue_id in ids[start:] + ids[:start]}
+        return {queue_id: min(rooms[queue_id], BATCH) for queue_id in ids[start:] + ids[:start]}
 
     def receiver(self, queue_id: int) -> Subscription | None:
         """Who gets the next message of the queue: its consumers in turn, those without room passed over."""

@@ -6,6 +6,7 @@ connection, and when, is not known here. The work itself is in the functions of 
 
 from __future__ import annotations
 
+import binascii
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ __all__ = [
     "Settlement",
     "Store",
     "Upkeep",
+    "read_pushed",
     "refused",
     "store_for",
 ]
@@ -57,7 +59,10 @@ class Outgoing:
 
 @dataclass(eq=False)
 class Row:
-    """A claimed message. Not frozen and without slots: one is made per delivery, and each may be weakly referred to."""
+    """A message that was claimed, or pushed.
+
+    Not frozen and without slots: one is made per delivery, and each may be weakly referred to.
+    """
 
     id: int
     queue_id: int
@@ -218,11 +223,14 @@ class Store:
             f"SELECT {s}.enqueue_borrowed(%s, %s::text, %s::text, %s, %s, %s, "
             "%s::text, %s::text, %s::text, %s, %s, %s, %s)"
         )
-        self._publish = f"CALL {s}.publish({_slots(15)})"
+        self._publish = f"CALL {s}.publish({_slots(15)}, false)"
         # Constants are cheaper as text than as parameters, for both sides.
         self._publish_plainly = {
-            persistent: f"CALL {s}.publish({persistent}, '', %s, 0, NULL, NULL, {_slots(6)}, NULL, false, NULL)"
+            (persistent, push): (
+                f"CALL {s}.publish({persistent}, '', %s, 0, NULL, NULL, {_slots(6)}, NULL, false, NULL, {push})"
+            )
             for persistent in (True, False)
+            for push in (True, False)
         }
         self._claim = f"SELECT * FROM {s}.claim({_slots(12)})"
         self._settle = f"SELECT {s}.settle({_slots(9)})"
@@ -231,8 +239,10 @@ class Store:
 
     # Publish
 
-    def publish(self, message: Outgoing) -> Statement[None]:
+    def publish(self, message: Outgoing, *, push: bool = False) -> Statement[None]:
         """Store the message, durably if it is persistent, and wake who is idle. A notice says if it was `refused`.
+
+        `push`: an idle consumer gets it at once, if that is possible, and need not claim it.
 
         Must be alone in its transaction: it commits.
         """
@@ -248,7 +258,7 @@ class Store:
                 _nothing,
             )  # fmt: skip
         return Statement(
-            self._publish_plainly[m.persistent],
+            self._publish_plainly[m.persistent, push],
             (m.routing_key, m.task, m.task_id, m.reply_to, m.properties, m.body, m.publish_id),
             _nothing,
         )
@@ -431,12 +441,41 @@ class Store:
         )
 
     def prepare_claims(self) -> Statement[int]:
-        """Make the session fit to claim on: a fresh look at the data in every statement. -> the id of its process."""
+        """Make the session fit to claim on: a fresh look at the data in every statement. -> the id of its process.
+
+        The server notices within seconds that its peer is gone: nothing more is pushed to it then.
+        """
         return Statement(
-            "SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off; "
+            f"{_PEER}; SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off; "
             "SELECT pg_backend_pid()",
             (),
             lambda rows: int(rows[0][0]),
+        )
+
+    def offer(self, consumer_id: int, token: int, channel: str) -> Statement[None]:
+        """Publishers may push messages to this session from now on, each as a notification that `read_pushed` reads."""
+        return Statement(
+            f'LISTEN "{channel}"; SELECT {self._sql}.offer(%s, %s, %s)', (consumer_id, token, channel), _nothing
+        )
+
+    def renew_offer(self) -> Statement[None]:
+        return Statement(f"SELECT {self._sql}.renew_offer()", (), _nothing)
+
+    def withdraw_offer(self, consumer_id: int, token: int) -> Statement[list[int]]:
+        """Nothing more is pushed to this session. -> ids of what was, and is not settled; some may yet come."""
+        return Statement(
+            f"SELECT * FROM {self._sql}.withdraw_offer(%s, %s)",
+            (consumer_id, token),
+            lambda rows: [row[0] for row in rows],
+        )
+
+    def pushed_before(self, seconds: float, consumer_id: int, token: int) -> Statement[list[int]]:
+        """-> ids of what was pushed to the session so many seconds ago or earlier, and is not settled."""
+        return Statement(
+            f"SELECT unnest(l.message_ids) FROM {self._sql}.lease l WHERE l.consumer_id = %s AND l.token = %s "
+            "AND l.offer IS NOT NULL AND l.claimed_at < clock_timestamp() - %s * interval '1 s'",
+            (consumer_id, token, seconds),
+            lambda rows: [row[0] for row in rows],
         )
 
     def listen(self, channel: str) -> Statement[None]:
@@ -549,8 +588,7 @@ class Store:
     def prepare_liveness(self) -> Statement[int]:
         """Have the server notice within seconds that this session's peer is gone. -> the id of its process."""
         return Statement(
-            "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; "
-            "SET tcp_user_timeout = 10000; SET synchronous_commit = off; "
+            f"{_PEER}; SET synchronous_commit = off; "
             "SET default_transaction_isolation = 'read committed'; SELECT pg_backend_pid()",
             (),
             lambda rows: int(rows[0][0]),
@@ -624,6 +662,12 @@ def refused(notice: str) -> str | None:
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED;"
 
 
+#: The server gives up a peer that does not answer within seconds.
+_PEER = (
+    "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; "
+    "SET tcp_user_timeout = 10000"
+)
+
 #: The transaction that it stands in waits for the flush, as long as the server is set to at least.
 _DURABLY = (
     "SELECT set_config('synchronous_commit', 'on', true) "
@@ -669,6 +713,17 @@ def _read_enqueued(rows: Rows) -> tuple[list[int], str | None, float | None]:
         return [int(queue_id) for queue_id in text.split(",") if queue_id], None, None
     answer = json.loads(bytes.fromhex(text[1:]))
     return answer["queue_ids"], answer["refusal"], answer["due"]
+
+
+def read_pushed(payload: str) -> Row:
+    """A message as `push` has sent it; its routing key, the name of its queue, is not known here."""
+    lease_id, message_id, queue_id, priority, split, content = payload.split(" ", 5)
+    content_bytes = binascii.a2b_base64(content)
+    return Row(
+        id=int(message_id), queue_id=int(queue_id), redelivered=False, returns=0, priority=int(priority), expired=False,
+        exchange="", routing_key="", properties=content_bytes[: int(split)], body=content_bytes[int(split) :],
+        lease_id=int(lease_id), deaths=None,
+    )  # fmt: skip
 
 
 def _read_claim(rows: Rows) -> Claimed:

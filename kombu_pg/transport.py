@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from amqp import exceptions as amqp
@@ -17,7 +18,7 @@ from kombu.utils.url import parse_url
 from kombu_pg import errors, schema, transaction
 from kombu_pg.channel import Channel
 from kombu_pg.consumer import consumer_for
-from kombu_pg.database import Database, Statement, T, database_for, driver_version
+from kombu_pg.database import Database, Session, Statement, T, database_for, driver_version
 from kombu_pg.delivery import Delivery
 from kombu_pg.feed import Feed, Subscription
 from kombu_pg.options import Options, from_components, join_password, redact, split_password
@@ -28,6 +29,9 @@ __all__ = ["Connection", "Transport"]
 
 logger = logging.getLogger(__name__)
 
+#: Seconds after a publish from which on the next one of the connection may be pushed: of a burst, the consumer claims
+#: many at once, which costs less than to push one by one.
+PUSH_PAUSE = 0.0005
 _NOTIFICATIONS_FULL = "54000"
 _SOME_QUEUE = 0  # which one is not known
 _NO_ROUTE = "no route"
@@ -54,6 +58,7 @@ class Connection:
         self._loose = Settlement()
         self._hub: Any = None
         self._pid = os.getpid()
+        self._published_at = 0.0
         database.retain()
 
     def channel(self) -> Channel:
@@ -100,16 +105,10 @@ class Connection:
         opened = transaction.current(self._database)
         if opened is not None:
             return opened.enqueue(message)
+        push = time.monotonic() - self._published_at > PUSH_PAUSE
         with self._database.session() as session:
-            try:
-                session.run(self.store.publish(message), timeout)
-            except errors.Rejected as exc:
-                if getattr(exc.__cause__, "pgcode", None) != _NOTIFICATIONS_FULL:
-                    raise
-                # Only the second transaction notifies: the first, with the message, is committed, perhaps not flushed.
-                if message.persistent:
-                    session.run(self.store.flush(), timeout)
-                logger.warning("the message is stored, but idle consumers were not told: %s", exc)
+            self._publish(session, message, push, timeout)
+            self._published_at = time.monotonic()
             refusal = None
             for notice in session.take_notices():
                 said = refused(notice)
@@ -119,6 +118,23 @@ class Connection:
             if refusal is None:
                 return [_SOME_QUEUE], None
             return [], None if refusal == _NO_ROUTE else refusal
+
+    def _publish(self, session: Session, message: Outgoing, push: bool, timeout: float | None) -> None:
+        began = time.monotonic()
+        try:
+            session.run(self.store.publish(message, push=push), timeout)
+        except errors.Rejected as exc:
+            if getattr(exc.__cause__, "pgcode", None) != _NOTIFICATIONS_FULL:
+                raise
+            if push:
+                # The notification was perhaps in the message's own transaction: only a second attempt can tell.
+                again = replace(message, retry_age=time.monotonic() - began)
+                self._publish(session, again, False, timeout)
+                return
+            # Only the second transaction notifies: the first, with the message, is committed, perhaps not flushed.
+            if message.persistent:
+                session.run(self.store.flush(), timeout)
+            logger.warning("the message is stored, but idle consumers were not told: %s", exc)
 
     def publish_batch(self, messages: list[Outgoing]) -> tuple[int, str | None]:
         """Store all messages or none. -> (how many, or the index of the refused one; refusal).

@@ -18,7 +18,7 @@ from kombu_pg.store import Claim, Settlement, Store
 TABLES = ("message", "ready", "scheduled", "lease", "queue", "binding", "consumer")
 # What is allowed to be read as a whole: how many rows it has depends on how much is installed, not on the traffic.
 # (unannounced: on that of a quarter of a second, and its rows are wanted all.)
-SMALL = {"queue", "binding", "exchange", "consumer", "installation", "message_id_seq", "unannounced"}
+SMALL = {"queue", "binding", "exchange", "consumer", "session", "installation", "message_id_seq", "unannounced"}
 
 
 class Claiming:
@@ -122,7 +122,7 @@ CLAIM = (
 )
 PUBLISH = (
     "CALL kombu_pg.publish(true, {exchange}, 'q', 0, NULL, {due}, 't', 'i', NULL, '{{}}', 'x', gen_random_uuid(),"
-    " {age}, false, NULL)"
+    " {age}, false, NULL, true)"
 )
 
 
@@ -136,6 +136,7 @@ def plans_of_the_hot_statements(store, claiming):
             "publish": PUBLISH.format(exchange="''", due="NULL", age="NULL"),
             "publish with an eta": PUBLISH.format(exchange="'amq.direct'", due="now() + '1 hour'", age="NULL"),
             "publish again": PUBLISH.format(exchange="''", due="NULL", age="0.1"),
+            "push": f"SELECT kombu_pg.push({claiming.queue_id}, 1, 0, '{{}}', 'x')",
             "promote": "CALL kombu_pg.promote_and_wake(10)",
             "next due": "SELECT kombu_pg.next_due()",
             "upkeep": f"CALL kombu_pg.upkeep_and_wake({claiming.consumer}, 30, 20, true)",

@@ -144,7 +144,7 @@ def test_a_retry_that_finds_its_message_waits_for_the_flush(store):
             cursor.execute("SET synchronous_commit = off")
             cursor.execute(f"SELECT kombu_pg.enqueue({values}, '{publish_id}', NULL, false)")
 
-        store.execute(f"CALL kombu_pg.publish(true, {values}, '{publish_id}', 1, false, NULL)")
+        store.execute(f"CALL kombu_pg.publish(true, {values}, '{publish_id}', 1, false, NULL, false)")
 
         assert store.value("SELECT pg_current_wal_flush_lsn() - %s::pg_lsn > 4000", (before,))
     assert store.value("SELECT count(*) FROM kombu_pg.message") == 20

@@ -10,7 +10,7 @@
 --
 --     ready      may be claimed now, in the order (band, position)
 --     scheduled  not before due_at (eta, countdown, retries)
---     lease      claimed: one row per claimed batch, with the ids; owned by a consumer
+--     lease      claimed: one row per claimed batch, with the ids; or pushed: one row per message; owned by a consumer
 --
 -- A narrow row whose message is gone means nothing: claims skip it, sweeps remove it. So an ack is one DELETE from
 -- `message`, and nothing on the normal path ever updates a wide row.
@@ -161,6 +161,7 @@ CREATE TABLE kombu_pg.lease (
     consumer_id bigint NOT NULL,
     token bigint NOT NULL,
     claimed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    offer bigint,
     message_ids bigint[] NOT NULL
 ) WITH (
     fillfactor = 70,
@@ -169,7 +170,21 @@ CREATE TABLE kombu_pg.lease (
     autovacuum_vacuum_cost_delay = 0, vacuum_truncate = off
 );
 CREATE INDEX lease_consumer ON kombu_pg.lease (consumer_id);
+CREATE INDEX lease_offer ON kombu_pg.lease (offer) WHERE offer IS NOT NULL;
 COMMENT ON COLUMN kombu_pg.lease.token IS 'which connection of the process claimed it';
+COMMENT ON COLUMN kombu_pg.lease.offer IS 'it was not claimed but pushed, by its publisher, to who had made this offer';
+
+-- Sessions that a publisher may push a message to (see push). Not logged: they end with the server, and a row without its
+-- session means nothing.
+CREATE UNLOGGED TABLE kombu_pg.session (
+    pid integer PRIMARY KEY,
+    consumer_id bigint NOT NULL,
+    token bigint NOT NULL,
+    channel text NOT NULL,
+    offer bigint NOT NULL
+) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+CREATE SEQUENCE kombu_pg.offer_seq;
+COMMENT ON COLUMN kombu_pg.session.channel IS 'known to nobody who may not read this: messages come there';
 
 CREATE TABLE kombu_pg.consumer (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

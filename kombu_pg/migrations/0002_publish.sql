@@ -94,6 +94,98 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Push ------------------------------------------------------------------------------------------------------------
+-- An idle consumer need not be told of a message and then claim it: who publishes may lease it to him at once, and send it along
+-- in the notification. A consumer's session says in `session` that it takes messages in this way, one at a time: the lease with
+-- its offer is there as long as that message is not settled. Where it could not be pushed, it is in ready, and he is told.
+-- Not pushed are messages of queues with priorities or a limit, and what a claim has to look at: whether it is expired or revoked.
+--
+-- lock_key('push', pid) is held by the session as long as it takes messages. Whoever pushes to it holds lock_key('pushing', pid)
+-- until his commit: one at a time, and when the session, after giving up the first lock, has got the second, nothing comes any more.
+
+-- Lease a message, which this transaction has put into ready, to an idle consumer. False: it is still there.
+CREATE FUNCTION kombu_pg.push(p_queue bigint, p_id bigint, p_priority integer, p_properties bytea, p_body bytea) RETURNS boolean
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET jit = off SET enable_seqscan = off AS $$
+DECLARE
+    v_key bigint := kombu_pg.lock_key('idle', p_queue);
+    v_class oid := ((v_key >> 32) & 4294967295)::oid;
+    v_object oid := (v_key & 4294967295)::oid;
+    v_fits boolean;
+    v_session kombu_pg.session;
+    v_lease bigint;
+BEGIN
+    -- A notification has at most 7999 bytes. (A role may have been granted no more than what a publish used to need.)
+    IF octet_length(p_properties) + octet_length(p_body) > 5600 OR pg_notification_queue_usage() > 0.8
+       OR NOT (has_table_privilege('kombu_pg.session', 'SELECT') AND has_table_privilege('kombu_pg.lease', 'INSERT')
+               AND has_table_privilege('kombu_pg.ready', 'DELETE')) THEN
+        RETURN false;
+    END IF;
+    -- And not past what the same publisher has just sent, which who was told of it has not yet claimed. (Its ids are near:
+    -- looking further back would meet what vacuum may not remove.)
+    SELECT true INTO v_fits FROM kombu_pg.queue q
+     WHERE q.id = p_queue AND NOT q.paused AND q.message_ttl IS NULL AND q.max_priority IS NULL
+       AND NOT EXISTS (SELECT FROM kombu_pg.revoked)
+       AND NOT EXISTS (SELECT FROM kombu_pg.ready r
+                        WHERE r.queue_id = p_queue AND r.band IN (1, 3) AND r.position >= p_id - 200 AND r.position < p_id);
+    IF v_fits IS NULL THEN
+        RETURN false;
+    END IF;
+    SELECT s.* INTO v_session
+      FROM pg_locks k JOIN kombu_pg.session s ON s.pid = k.pid JOIN kombu_pg.consumer c ON c.id = s.consumer_id
+     WHERE k.locktype = 'advisory' AND k.objsubid = 1 AND k.granted AND k.mode = 'ShareLock'
+       AND k.classid = v_class AND k.objid = v_object
+       AND k.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+       AND NOT EXISTS (SELECT FROM kombu_pg.lease l WHERE l.offer = s.offer)
+     ORDER BY random() LIMIT 1;
+    IF v_session.pid IS NULL OR NOT pg_try_advisory_xact_lock(kombu_pg.lock_key('pushing', v_session.pid))
+       OR NOT kombu_pg.is_held(kombu_pg.lock_key('push', v_session.pid)) THEN
+        RETURN false;
+    END IF;
+    INSERT INTO kombu_pg.lease (consumer_id, token, message_ids, offer)
+    SELECT v_session.consumer_id, v_session.token, ARRAY[p_id], v_session.offer
+     WHERE NOT EXISTS (SELECT FROM kombu_pg.lease l WHERE l.offer = v_session.offer)
+    RETURNING id INTO v_lease;
+    IF v_lease IS NULL THEN
+        RETURN false;
+    END IF;
+    DELETE FROM kombu_pg.ready r WHERE r.queue_id = p_queue AND r.band = 3 AND r.position = p_id;
+    PERFORM pg_notify(v_session.channel, concat_ws(' ', v_lease, p_id, p_queue, least(greatest(p_priority, 0), 255),
+                                                   octet_length(p_properties), encode(p_properties || p_body, 'base64')));
+    RETURN true;
+END $$;
+
+-- This session takes messages from now on, on a channel that it listens on.
+CREATE FUNCTION kombu_pg.offer(p_consumer bigint, p_token bigint, p_channel text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    -- Once: it would have to be given up as often.
+    IF NOT EXISTS (SELECT FROM kombu_pg.session s WHERE s.pid = pg_backend_pid() AND s.channel = p_channel) THEN
+        PERFORM pg_advisory_lock(kombu_pg.lock_key('push', pg_backend_pid()));
+    END IF;
+    INSERT INTO kombu_pg.session AS s (pid, consumer_id, token, channel, offer)
+    VALUES (pg_backend_pid(), p_consumer, p_token, p_channel, nextval('kombu_pg.offer_seq'))
+    ON CONFLICT (pid) DO UPDATE SET consumer_id = p_consumer, token = p_token, channel = p_channel, offer = excluded.offer;
+END $$;
+
+-- Under another number: where vacuum is held back, each look whether the lease of an offer is there meets all that ever were.
+CREATE FUNCTION kombu_pg.renew_offer() RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE kombu_pg.session s SET offer = nextval('kombu_pg.offer_seq') WHERE s.pid = pg_backend_pid();
+END $$;
+
+-- It takes no more. Returns what was pushed to it and is not settled: some of that may not have come yet.
+CREATE FUNCTION kombu_pg.withdraw_offer(p_consumer bigint, p_token bigint) RETURNS SETOF bigint
+LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM kombu_pg.session s WHERE s.pid = pg_backend_pid();
+    PERFORM pg_advisory_unlock(kombu_pg.lock_key('push', pg_backend_pid()));
+    PERFORM pg_advisory_lock(kombu_pg.lock_key('pushing', pg_backend_pid()));
+    PERFORM pg_advisory_unlock(kombu_pg.lock_key('pushing', pg_backend_pid()));
+    RETURN QUERY SELECT unnest(l.message_ids) FROM kombu_pg.lease l
+                  WHERE l.consumer_id = p_consumer AND l.token = p_token AND l.offer IS NOT NULL;
+END $$;
+
 -- Tell the consumers that keep the clock of a new earliest due time. Not needed when something is due before it:
 -- they look again after that. What was due long ago is a sweep's: looking there would walk what vacuum may not remove.
 CREATE FUNCTION kombu_pg.wake_clock(p_due timestamptz) RETURNS void
@@ -326,8 +418,8 @@ BEGIN
     RETURN v_found;
 END $$;
 
--- Publish in a transaction of its own, in one round trip; durable, where p_persistent, when this returns. Who is idle is
--- told in a second transaction, which waits for no flush (NOTIFY takes a cluster-wide lock; inside the first it would be
+-- Publish in a transaction of its own, in one round trip; durable, where p_persistent, when this returns. If it is not pushed
+-- (p_push), who is idle is told in a second transaction, which waits for no flush (NOTIFY takes a cluster-wide lock; inside the first it would be
 -- held over the flush). Where somebody was idle already before the first commit (on the only queue, and the message has no
 -- due time), that waits for no flush either: he is told at once, and a third transaction, of nothing but a record in the
 -- log, waits for the flush of all three meanwhile.
@@ -342,12 +434,14 @@ CREATE PROCEDURE kombu_pg.publish(
     p_persistent boolean,
     p_exchange text, p_routing_key text, p_priority integer, p_ttl bigint, p_due timestamptz,
     p_task text, p_task_id text, p_reply_to text, p_properties bytea, p_body bytea,
-    p_publish_id uuid, p_retry_age double precision, p_mandatory boolean, p_headers jsonb
+    p_publish_id uuid, p_retry_age double precision, p_mandatory boolean, p_headers jsonb, p_push boolean
 ) LANGUAGE plpgsql AS $$
 DECLARE
     v_queue bigint;  -- if one queue has got it, and it has no due time
     v_enqueued record;
+    v_plain boolean;
     v_idle boolean;
+    v_pushed boolean := false;
     v_set text;
     v_done boolean;
     v_flushed pg_lsn;
@@ -357,7 +451,8 @@ BEGIN
         v_queue := kombu_pg.enqueue_plainly(p_routing_key, p_priority, p_ttl, p_task, p_task_id, p_reply_to, p_properties,
                                             p_body, p_publish_id);
     END IF;
-    IF v_queue IS NULL THEN
+    v_plain := v_queue IS NOT NULL;
+    IF NOT v_plain THEN
         v_enqueued := kombu_pg.enqueue(p_exchange, p_routing_key, p_priority, p_ttl, p_due, p_task, p_task_id, p_reply_to,
                                        p_properties, p_body, p_publish_id, p_retry_age, p_mandatory, p_headers);
         IF v_enqueued.refusal IS NULL AND p_due IS NULL AND cardinality(v_enqueued.queue_ids) = 1 THEN
@@ -366,6 +461,12 @@ BEGIN
     END IF;
     -- Twice: another publisher's try looks like somebody idle, and is over in a moment.
     v_idle := v_queue IS NOT NULL AND kombu_pg.somebody_idle(v_queue) AND kombu_pg.somebody_idle(v_queue);
+    -- (Two IFs: in the usual one, nobody is idle.)
+    IF v_idle THEN
+        IF p_push AND v_plain AND p_ttl IS NULL THEN
+            v_pushed := kombu_pg.push(v_queue, currval('kombu_pg.message_id_seq'), p_priority, p_properties, p_body);
+        END IF;
+    END IF;
     IF (CASE WHEN v_idle OR NOT p_persistent THEN true
              ELSE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply') END) THEN
         v_set := set_config('synchronous_commit', CASE WHEN v_idle OR NOT p_persistent THEN 'off' ELSE 'on' END, true);
@@ -382,7 +483,7 @@ BEGIN
             ELSE
                 v_done := kombu_pg.wake_clock(v_enqueued.due) IS NULL;
             END IF;
-        ELSIF v_idle OR kombu_pg.somebody_idle(v_queue) THEN
+        ELSIF NOT v_pushed AND (v_idle OR kombu_pg.somebody_idle(v_queue)) THEN
             v_set := set_config('synchronous_commit', 'off', true);
             v_done := kombu_pg.wake_idle(v_queue) IS NULL;
         END IF;

@@ -82,6 +82,9 @@ BEGIN
             PERFORM kombu_pg.end_connection(p_consumer, v_token);
         END LOOP;
     END IF;
+    -- The server may not have noticed yet that such a session is gone: nothing more is to be pushed to it.
+    DELETE FROM kombu_pg.session s
+     WHERE s.consumer_id = p_consumer AND s.token <= p_last_token AND NOT s.token = ANY (p_tokens);
     v_back := ARRAY(
         SELECT held.id FROM kombu_pg.lease l CROSS JOIN LATERAL unnest(l.message_ids) AS held (id)
          WHERE l.consumer_id = p_consumer AND l.token <= p_last_token AND NOT l.token = ANY (p_tokens)
@@ -330,6 +333,7 @@ BEGIN
             PERFORM kombu_pg.expire_queues();
             PERFORM kombu_pg.sweep_orphans(10000);
             PERFORM kombu_pg.sweep_chords(100);
+            DELETE FROM kombu_pg.session s WHERE NOT EXISTS (SELECT FROM pg_stat_get_activity(s.pid));
             more := kombu_pg.expire_results(2000) >= 2000 OR more;
         END IF;
     END IF;
