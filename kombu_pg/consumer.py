@@ -175,9 +175,6 @@ class Consumer:
         if returns >= SUSPECT_RETURNS:
             self._suspects.add(message_id)
 
-    def holds(self, message_id: int) -> bool:
-        return message_id in self._held
-
     def let_go(self, message_id: int) -> None:
         """The message is settled."""
         self._held.pop(message_id, None)

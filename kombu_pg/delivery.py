@@ -331,6 +331,9 @@ class Delivery:
             if self._sent is not None:
                 return
             self._poll()
+            if self._pushes.offered and self._pushes.is_overdue:
+                self._look_after_offer()
+                return
             # What is returned goes alone: those who are told of it look once it is committed.
             feed = None if self._settlement.returns else self._claimer(time.monotonic())
             if feed is not None or self._settlement:
@@ -405,7 +408,7 @@ class Delivery:
             self._polled_at = now
             if now >= self._search_at:
                 self._search_at = now + SEARCH_PERIOD
-                self._pushes.searching = True
+                self._pushes.search()
             if now >= self._whole_look_at:
                 self._whole_look_at = now + WHOLE_LOOK_PERIOD
                 for feed in self._feeds:
@@ -416,6 +419,9 @@ class Delivery:
     def _claimer(self, now: float) -> Feed | None:
         if not self.consumer.settled:
             return None
+        for feed in self._feeds:
+            if feed.is_told_in_vain:
+                return feed
         for offset in range(len(self._feeds)):
             feed = self._feeds[(self._next_feed + offset) % len(self._feeds)]
             if feed.wants_to_claim(now):
@@ -512,7 +518,7 @@ class Delivery:
         while notifications:
             notification = notifications.popleft()
             if notification.channel == self._pushes.channel:
-                self._receive_pushed(read_pushed(notification.payload))
+                self._receive_pushed(notification.payload)
             else:
                 self._told(notification.payload)
 
@@ -524,48 +530,54 @@ class Delivery:
 
     def _offer(self) -> None:
         if self._gate and not self._pushes.offered:
-            assert self.consumer.id is not None
 
             def offered(_: None) -> None:
                 self._pushes.offered = True
 
-            self._run(self._store.offer(self.consumer.id, self.token, self._pushes.channel), offered)
+            self._run(self._store.offer(self._registration(), self.token, self._pushes.channel), offered)
 
     def _withdraw_offer(self) -> None:
         """Nothing is pushed any more, and what is on its way is given back."""
         if self._pushes.offered:
-            assert self.consumer.id is not None
 
-            def withdrawn(pushed: list[int]) -> None:
+            def withdrawn(pushed: list[tuple[int, int]]) -> None:
                 self._pushes.offered = False
                 self._refuse_unknown(pushed)
 
-            self._run(self._store.withdraw_offer(self.consumer.id, self.token), withdrawn)
+            self._run(self._store.withdraw_offer(self._registration(), self.token), withdrawn)
             self.flush()
 
+    def _registration(self) -> int:
+        if self.consumer.id is None:
+            raise errors.Unavailable("this process was away for too long, and is just being registered again")
+        return self.consumer.id
+
     def _look_after_offer(self) -> None:
-        assert self.consumer.id is not None
         if self._pushes.is_worn:
             self._pushes.renewed()
             self._send_alone(self._store.renew_offer())
-        elif self._pushes.searching:
-            self._pushes.searching = False
-            statement = self._store.pushed_before(SEARCH_PERIOD, self.consumer.id, self.token)
+        elif self._pushes.is_search_due:
+            self._pushes.searched()
+            statement = self._store.pushed_before(SEARCH_PERIOD, self._registration(), self.token)
             self._send_alone(statement, self._refuse_unknown)
 
-    def _refuse_unknown(self, pushed: list[int]) -> None:
+    def _refuse_unknown(self, pushed: list[tuple[int, int]]) -> None:
         """Give back what was pushed to us and has not come; it may still come."""
-        for message_id in pushed:
-            if not self.consumer.holds(message_id) and message_id not in self._settlement.message_ids:
+        for lease_id, message_id in pushed:
+            if lease_id not in self._leases and lease_id not in self._settlement.leases:
                 self._pushes.refuse(message_id)
                 self._settlement.given_back.append(message_id)
 
-    def _receive_pushed(self, row: Row) -> None:
+    def _receive_pushed(self, payload: str) -> None:
+        try:
+            row = read_pushed(payload)
+        except ValueError as exc:
+            logger.warning("a notification on a channel of ours is no message: %s", exc)
+            return
         if not self._pushes.count(row):
             return
         self._leases[row.lease_id] = 1
-        self.consumer.hold(row.id, row, row.returns)
-        feed = next((feed for feed in self._feeds if feed.has_room_for(row.queue_id)), None)
+        feed = next((feed for feed in self._feeds if feed.room_for(row.queue_id) > 0), None)
         if feed is None:
             self._note(row, "given_back")
             return
@@ -573,6 +585,10 @@ class Delivery:
         claiming = self._sent is not None and self._sent.feed is feed
         if claiming or row.queue_id in feed.hungry:
             self._pushes.keep(feed, row)  # what was published before it may come with a claim
+        elif feed.room_for(row.queue_id) == 1 and (self._sent is not None or self._settlement.returns):
+            # It fills the room, and before its callback nothing can be sent that releases the idle lock.
+            feed.look_into([row.queue_id])
+            self._pushes.keep(feed, row)
         else:
             self._take_in(feed, row)
 
@@ -600,7 +616,7 @@ class Delivery:
         for row in self._pushes.take_with(feed, claimed.rows) if pushed else claimed.rows:
             if row.expired:
                 self._note(row, "expired")
-            elif pushed and not feed.has_room_for(row.queue_id):
+            elif pushed and not feed.room_for(row.queue_id):
                 self._note(row, "given_back")  # the claim knew nothing of what was pushed
             else:
                 self._take_in(feed, row)
@@ -671,6 +687,7 @@ class Delivery:
             self._wait_answer()
             with self._lock:
                 if self._sent is None:
+                    self._check_lost()
                     assert self._session is not None
                     answer = self._session.run(statement)
                     self._take_notifications()

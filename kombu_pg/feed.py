@@ -91,9 +91,9 @@ class Feed:
             rooms[subscription.queue_id] += subscription.room
         return {queue_id: max(0, room - self.waiting[queue_id]) for queue_id, room in rooms.items()}
 
-    def has_room_for(self, queue_id: int) -> bool:
+    def room_for(self, queue_id: int) -> int:
         rooms = self.rooms()
-        return self._room(rooms) > 0 and rooms.get(queue_id, 0) > 0
+        return min(self._room(rooms), rooms.get(queue_id, 0))
 
     @property
     def can_claim(self) -> bool:
@@ -102,10 +102,8 @@ class Feed:
         return self._room(rooms) > 0 and any(rooms.get(queue_id) for queue_id in self.hungry)
 
     def wants_to_claim(self, now: float) -> bool:
-        if not self.hungry and not self.armed:
+        if not self.hungry:
             return False
-        if self.is_told_in_vain:
-            return True
         rooms = self.rooms()
         room = self._room(rooms)
         enough = 2 * room >= self.window or (self.refill_at is not None and now >= self.refill_at)

@@ -25,13 +25,12 @@ class Pushes:
     Attributes:
         channel: where they come; whoever does not read the table of sessions cannot know it.
         offered: publishers may push.
-        searching: it is time to look for what was pushed and never came.
     """
 
     def __init__(self) -> None:
         self.channel = f"kombu.push.{uuid.uuid4().hex}"
         self.offered = False
-        self.searching = False
+        self._search = 0
         self._kept: list[tuple[Feed, Row]] = []
         self._refused: set[int] = set()
         self._left = PUSHES_PER_OFFER
@@ -48,6 +47,8 @@ class Pushes:
         """It is given back, and may still come."""
         self._refused.add(message_id)
 
+    # What is due from time to time
+
     @property
     def is_worn(self) -> bool:
         """Another offer is due."""
@@ -55,6 +56,22 @@ class Pushes:
 
     def renewed(self) -> None:
         self._left = PUSHES_PER_OFFER
+
+    def search(self) -> None:
+        """It is time to look for what was pushed and never came."""
+        self._search += 1
+
+    @property
+    def is_search_due(self) -> bool:
+        return self._search > 0
+
+    def searched(self) -> None:
+        self._search = 0
+
+    @property
+    def is_overdue(self) -> bool:
+        """There was always something else to do."""
+        return self._search > 1 or self._left <= -PUSHES_PER_OFFER
 
     # Until a claim is answered, which may bring what was published before
 

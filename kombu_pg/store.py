@@ -56,6 +56,12 @@ class Outgoing:
     mandatory: bool
     headers: str | None = None  # JSON object, for headers exchanges
 
+    @property
+    def is_plain(self) -> bool:
+        """What most are: a first attempt, into one queue by its name, due at once, without an expiry or a priority."""
+        rare = (self.ttl, self.due, self.retry_age, self.headers)
+        return not (self.exchange or self.priority or self.mandatory) and rare == (None, None, None, None)
+
 
 @dataclass(eq=False)
 class Row:
@@ -242,13 +248,12 @@ class Store:
     def publish(self, message: Outgoing, *, push: bool = False) -> Statement[None]:
         """Store the message, durably if it is persistent, and wake who is idle. A notice says if it was `refused`.
 
-        `push`: an idle consumer gets it at once, if that is possible, and need not claim it.
+        `push`: a plain message is an idle consumer's at once, if that is possible, who need not claim it.
 
         Must be alone in its transaction: it commits.
         """
         m = message
-        rare = (m.ttl, m.due, m.retry_age, m.headers)
-        if m.exchange or m.priority or m.mandatory or rare != (None, None, None, None):
+        if not m.is_plain:
             return Statement(
                 self._publish,
                 (
@@ -461,21 +466,17 @@ class Store:
     def renew_offer(self) -> Statement[None]:
         return Statement(f"SELECT {self._sql}.renew_offer()", (), _nothing)
 
-    def withdraw_offer(self, consumer_id: int, token: int) -> Statement[list[int]]:
-        """Nothing more is pushed to this session. -> ids of what was, and is not settled; some may yet come."""
-        return Statement(
-            f"SELECT * FROM {self._sql}.withdraw_offer(%s, %s)",
-            (consumer_id, token),
-            lambda rows: [row[0] for row in rows],
-        )
+    def withdraw_offer(self, consumer_id: int, token: int) -> Statement[list[tuple[int, int]]]:
+        """Nothing more is pushed to this session. -> (lease, message) of what was, unsettled; some may yet come."""
+        return Statement(f"SELECT * FROM {self._sql}.withdraw_offer(%s, %s)", (consumer_id, token), _pairs)
 
-    def pushed_before(self, seconds: float, consumer_id: int, token: int) -> Statement[list[int]]:
-        """-> ids of what was pushed to the session so many seconds ago or earlier, and is not settled."""
+    def pushed_before(self, seconds: float, consumer_id: int, token: int) -> Statement[list[tuple[int, int]]]:
+        """-> (lease, message) of what was pushed to the session so many seconds ago or earlier, and is not settled."""
         return Statement(
-            f"SELECT unnest(l.message_ids) FROM {self._sql}.lease l WHERE l.consumer_id = %s AND l.token = %s "
+            f"SELECT l.id, unnest(l.message_ids) FROM {self._sql}.lease l WHERE l.consumer_id = %s AND l.token = %s "
             "AND l.offer IS NOT NULL AND l.claimed_at < clock_timestamp() - %s * interval '1 s'",
             (consumer_id, token, seconds),
-            lambda rows: [row[0] for row in rows],
+            _pairs,
         )
 
     def listen(self, channel: str) -> Statement[None]:
@@ -705,6 +706,10 @@ def _booleans(values: Iterable[bool]) -> str:
 
 def _nothing(_: Rows) -> None:
     return None
+
+
+def _pairs(rows: Rows) -> list[tuple[int, int]]:
+    return [(row[0], row[1]) for row in rows]
 
 
 def _read_enqueued(rows: Rows) -> tuple[list[int], str | None, float | None]:

@@ -105,7 +105,7 @@ class Connection:
         opened = transaction.current(self._database)
         if opened is not None:
             return opened.enqueue(message)
-        push = time.monotonic() - self._published_at > PUSH_PAUSE
+        push = message.is_plain and time.monotonic() - self._published_at > PUSH_PAUSE
         with self._database.session() as session:
             self._publish(session, message, push, timeout)
             self._published_at = time.monotonic()
@@ -127,9 +127,9 @@ class Connection:
             if getattr(exc.__cause__, "pgcode", None) != _NOTIFICATIONS_FULL:
                 raise
             if push:
-                # The notification was perhaps in the message's own transaction: only a second attempt can tell.
-                again = replace(message, retry_age=time.monotonic() - began)
-                self._publish(session, again, False, timeout)
+                # The notification was perhaps in the message's own transaction: a second attempt can tell, unless the
+                # first one's message has been consumed already.
+                self._publish(session, replace(message, retry_age=time.monotonic() - began), False, timeout)
                 return
             # Only the second transaction notifies: the first, with the message, is committed, perhaps not flushed.
             if message.persistent:

@@ -1,6 +1,7 @@
 """A message that finds a consumer idle is leased to it by its publisher, and comes along in the notification."""
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -444,11 +445,36 @@ def test_a_push_that_finds_the_notifications_full_is_published_once_all_the_same
         assert store.value("SELECT count(*) FROM kombu_pg.message") == 1
 
 
+def test_a_message_of_which_only_the_tag_was_kept_stays_its_consumers(broker, store):
+    """Neither a cancel nor the search takes for lost what was delivered."""
+    tags = []
+    with Consuming(store.broker(poll_interval=0.1)) as consumer:
+        consumer.work_with(lambda message: tags.append(message.delivery_tag))
+        kombu.Queue("other", channel=consumer.channel).declare()
+        other = kombu.Consumer(consumer.channel, [kombu.Queue("other")])
+        other.consume()
+        consumer.rest()
+        publish(broker, "kept by its tag")
+        consumer.connection.drain_events(timeout=PROMPT)
+        gc.collect()
+        store.execute("UPDATE kombu_pg.lease SET claimed_at = claimed_at - interval '1 minute'")
+
+        other.cancel()
+        consumer.connection.connection.delivery()._search_at = 0
+        consumer.rest(0.5)
+
+        assert pushed(store) == 1
+        assert len(tags) == 1
+        consumer.channel.basic_ack(tags[0])
+        eventually(lambda: is_at_rest(store))
+
+
 def test_anybodys_notification_on_a_consumers_channel_does_no_harm(broker, store):
     with Consuming(broker) as consumer:
         consumer.rest()
-        pid = consumer.connection.connection.delivery()._session.backend_pid
-        store.execute(f"NOTIFY \"kombu_pg.{pid}\", 'not a queue'")
+        pump = consumer.connection.connection.delivery()
+        store.execute(f"NOTIFY \"kombu_pg.{pump._session.backend_pid}\", 'not a queue'")
+        store.execute(f"NOTIFY \"{pump._pushes.channel}\", 'not a message'")
         consumer.rest()
         publish(broker, 1)
         assert consumer.until(1, PROMPT) == [1]

@@ -96,8 +96,8 @@ END $$;
 
 -- Push ------------------------------------------------------------------------------------------------------------
 -- An idle consumer need not be told of a message and then claim it: who publishes may lease it to him at once, and send it along
--- in the notification. A consumer's session says in `session` that it takes messages in this way, one at a time: the lease with
--- its offer is there as long as that message is not settled. Where it could not be pushed, it is in ready, and he is told.
+-- in the notification. A consumer's session says in `session` that it takes messages in this way, one for each offer: the lease
+-- with its number is there as long as that message is not settled. Where it could not be pushed, it is in ready, and he is told.
 -- Not pushed are messages of queues with priorities or a limit, and what a claim has to look at: whether it is expired or revoked.
 --
 -- lock_key('push', pid) is held by the session as long as it takes messages. Whoever pushes to it holds lock_key('pushing', pid)
@@ -116,8 +116,9 @@ DECLARE
 BEGIN
     -- A notification has at most 7999 bytes. (A role may have been granted no more than what a publish used to need.)
     IF octet_length(p_properties) + octet_length(p_body) > 5600 OR pg_notification_queue_usage() > 0.8
-       OR NOT (has_table_privilege('kombu_pg.session', 'SELECT') AND has_table_privilege('kombu_pg.lease', 'INSERT')
-               AND has_table_privilege('kombu_pg.ready', 'DELETE')) THEN
+       OR NOT (has_table_privilege('kombu_pg.session', 'SELECT') AND has_table_privilege('kombu_pg.consumer', 'SELECT')
+               AND has_table_privilege('kombu_pg.revoked', 'SELECT') AND has_table_privilege('kombu_pg.lease', 'SELECT')
+               AND has_table_privilege('kombu_pg.lease', 'INSERT') AND has_table_privilege('kombu_pg.ready', 'DELETE')) THEN
         RETURN false;
     END IF;
     -- And not past what the same publisher has just sent, which who was told of it has not yet claimed. (Its ids are near:
@@ -175,14 +176,14 @@ BEGIN
 END $$;
 
 -- It takes no more. Returns what was pushed to it and is not settled: some of that may not have come yet.
-CREATE FUNCTION kombu_pg.withdraw_offer(p_consumer bigint, p_token bigint) RETURNS SETOF bigint
+CREATE FUNCTION kombu_pg.withdraw_offer(p_consumer bigint, p_token bigint) RETURNS TABLE (lease_id bigint, message_id bigint)
 LANGUAGE plpgsql AS $$
 BEGIN
     DELETE FROM kombu_pg.session s WHERE s.pid = pg_backend_pid();
     PERFORM pg_advisory_unlock(kombu_pg.lock_key('push', pg_backend_pid()));
     PERFORM pg_advisory_lock(kombu_pg.lock_key('pushing', pg_backend_pid()));
     PERFORM pg_advisory_unlock(kombu_pg.lock_key('pushing', pg_backend_pid()));
-    RETURN QUERY SELECT unnest(l.message_ids) FROM kombu_pg.lease l
+    RETURN QUERY SELECT l.id, unnest(l.message_ids) FROM kombu_pg.lease l
                   WHERE l.consumer_id = p_consumer AND l.token = p_token AND l.offer IS NOT NULL;
 END $$;
 
