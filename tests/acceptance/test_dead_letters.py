@@ -230,11 +230,12 @@ def test_a_task_that_a_full_queue_dropped_has_failed(lab):
 
 def test_a_task_that_a_plain_consumer_rejects_has_failed(lab):
     result, body = lab.send_in_chord("note", queue="paused")
+    lab.app.control.cancel_consumer("paused", reply=True, timeout=10, limit=1)
     lab.store.execute("UPDATE kombu_pg.queue SET paused = false WHERE name = 'paused'")
     with lab.app.connection_for_write() as connection:
-        # The worker may be faster; nobody has told it that the queue is open again.
         connection.default_channel.basic_get("paused").reject()
     lab.pause("paused")
+    lab.app.control.add_consumer("paused", reply=True, timeout=10, limit=1)
 
     assert_heard(lab, result, body, Reject, "rejected")
 
