@@ -448,10 +448,11 @@ class Store:
     def prepare_claims(self) -> Statement[int]:
         """Make the session fit to claim on: a fresh look at the data in every statement. -> the id of its process.
 
-        The server notices within seconds that its peer is gone: nothing more is pushed to it then.
+        The server notices within seconds that its peer is gone. Without tcp_user_timeout: that also ends a session whose
+        peer does not read a large claim for as long, as in a callback.
         """
         return Statement(
-            f"{_PEER}; SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off; "
+            f"{_KEEPALIVES}; SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off; "
             "SELECT pg_backend_pid()",
             (),
             lambda rows: int(rows[0][0]),
@@ -589,7 +590,7 @@ class Store:
     def prepare_liveness(self) -> Statement[int]:
         """Have the server notice within seconds that this session's peer is gone. -> the id of its process."""
         return Statement(
-            f"{_PEER}; SET synchronous_commit = off; "
+            f"{_KEEPALIVES}; SET tcp_user_timeout = 10000; SET synchronous_commit = off; "
             "SET default_transaction_isolation = 'read committed'; SELECT pg_backend_pid()",
             (),
             lambda rows: int(rows[0][0]),
@@ -663,11 +664,8 @@ def refused(notice: str) -> str | None:
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED;"
 
 
-#: The server gives up a peer that does not answer within seconds.
-_PEER = (
-    "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3; "
-    "SET tcp_user_timeout = 10000"
-)
+#: The server gives up a quiet peer that does not answer within seconds.
+_KEEPALIVES = "SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 2; SET tcp_keepalives_count = 3"
 
 #: The transaction that it stands in waits for the flush, as long as the server is set to at least.
 _DURABLY = (

@@ -84,6 +84,25 @@ def test_callbacks_may_take_longer_than_an_answer(broker, monkeypatch):
         assert consumer.until(50, 20) == list(range(50))
 
 
+def test_a_callback_may_take_long_while_a_large_claim_waits_to_be_read(broker, store):
+    """The server must not take for dead who leaves its answer unread for more than the 10 s that it gives a silent peer."""
+    with Consuming(broker, prefetch=48) as consumer:
+        publish(broker, *["x" * 1_000_000] * 60, delivery_mode=1)
+        done = []
+
+        def work(message):
+            done.append(message.delivery_tag)
+            message.ack()
+            if len(done) == 12:
+                time.sleep(13)
+
+        consumer.work_with(work)
+        while len(done) < 60:
+            consumer.connection.drain_events(timeout=30)
+
+    assert store.value("SELECT count(*) FROM kombu_pg.message") == 0
+
+
 def test_more_prefetch_is_used_without_waiting_for_an_ack(broker):
     with Consuming(broker, prefetch=10) as consumer:
         publish(broker, *range(11))
