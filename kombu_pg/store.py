@@ -448,8 +448,8 @@ class Store:
     def prepare_claims(self) -> Statement[int]:
         """Make the session fit to claim on: a fresh look at the data in every statement. -> the id of its process.
 
-        The server notices within seconds that its peer is gone. Without tcp_user_timeout: that also ends a session whose
-        peer does not read a large claim for as long, as in a callback.
+        The server notices within seconds that its peer is gone. Without tcp_user_timeout: that also ends a session
+        whose peer does not read a large claim for as long, as in a callback.
         """
         return Statement(
             f"{_KEEPALIVES}; SET default_transaction_isolation = 'read committed'; SET synchronous_commit = off; "

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from kombu_pg.options import Options
 from kombu_pg.schema import check
 from kombu_pg.url import Url
 
-__all__ = ["Consuming", "Store", "eventually", "process", "publish", "publisher", "seconds"]
+__all__ = ["Consuming", "Store", "eventually", "process", "publish", "publisher", "rest", "seconds", "threads"]
 
 T = TypeVar("T")
 
@@ -125,15 +126,42 @@ class Consuming:
 
     def rest(self, quiet: float = 0.2) -> list[Any]:
         """Consume until nothing has come for so many seconds; then this consumer is idle."""
-        with contextlib.suppress(TimeoutError):
-            while True:
-                self.connection.drain_events(timeout=quiet)
+        rest(self.connection, quiet)
         return self.bodies
+
+    def work_for(self, seconds: float) -> None:
+        """Consume for so long, however much comes."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                self.connection.drain_events(timeout=left)
 
     def ack(self) -> None:
         for message in self.received:
             if not message.acknowledged:
                 message.ack()
+
+
+def rest(connection: kombu.Connection, quiet: float = 0.2) -> None:
+    """Consume until nothing has come for so many seconds."""
+    with contextlib.suppress(TimeoutError):
+        while True:
+            connection.drain_events(timeout=quiet)
+
+
+@contextlib.contextmanager
+def threads(work: Callable[[int, Callable[[], bool]], None], count: int) -> Iterator[None]:
+    """Threads that run work(number, is_over) beside the block; at its end is_over says so, and they are waited for."""
+    over = threading.Event()
+    running = [threading.Thread(target=work, args=(number, over.is_set)) for number in range(count)]
+    for thread in running:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in running:
+            thread.join()
 
 
 @contextlib.contextmanager
